@@ -1,0 +1,266 @@
+"""Problems, devices and kernel configs: plain frozen data, and the analytic configs used where nothing is tuned.
+
+A launcher never decides anything: it gets tensors and one of these configs. The defaults below are pure functions of
+the problem and the device, so that they can be unit-tested; the tuner searches around them. Nothing here needs Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+from tetris.errors import TetrisError
+from tetris.layout import ceil_div
+
+ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+Config = TypeVar("Config", bound="KernelConfig")
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The facts about a GPU that choose a config.
+
+    Attributes:
+        name: what the driver calls it.
+        capability: CUDA compute capability, e.g. (9, 0); (0, 0) on AMD.
+        sm_count: multiprocessors (compute units).
+        triton_version: e.g. "3.7.1".
+        backend: "cuda" or "hip".
+    """
+
+    name: str
+    capability: tuple[int, int]
+    sm_count: int
+    triton_version: str
+    backend: str = "cuda"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one program may use."""
+        if self.backend != "cuda":
+            return 65536
+        by_capability = {(7, 5): 65536, (8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448}
+        return by_capability.get(self.capability, 101376)
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tensor descriptors are hardware (TMA); elsewhere Triton emulates them slowly."""
+        return self.backend == "cuda" and self.capability[0] >= 9
+
+
+@dataclass(frozen=True)
+class Conv2dProblem:
+    """Shape of one block-sparse convolution; ``height``, ``width`` are the input's, ``dtype`` e.g. "float16"."""
+
+    batch: int
+    c_in: int
+    c_out: int
+    height: int
+    width: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    block: tuple[int, int]
+    dtype: str
+    n_blocks: int
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of the output."""
+        return conv2d_output_size((self.height, self.width), self.kernel_size, self.stride, self.padding, self.dilation)
+
+    @property
+    def block_rows(self) -> int:
+        return ceil_div(self.c_out, self.block[0])
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1]
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """Shape of one block-sparse linear layer; ``tokens`` counts the rows of x."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    block: tuple[int, int]
+    dtype: str
+    n_blocks: int
+
+    @property
+    def block_rows(self) -> int:
+        return ceil_div(self.out_features, self.block[0])
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """What all configs share: a key in the store of tuned choices, and back."""
+
+    def to_key(self) -> str:
+        """The config as compact JSON."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_key(cls: type[Config], key: str) -> Config:
+        """The config of a key; TetrisError when it is not JSON or names fields that this version does not have."""
+        try:
+            values = json.loads(key)
+        except json.JSONDecodeError as error:
+            raise TetrisError(f"{cls.__name__}: wanted a config as JSON; got {key!r}") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= names:
+            raise TetrisError(f"{cls.__name__}: wanted fields among {sorted(names)}; got {key!r}; tune again")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Conv2dConfig(KernelConfig):
+    """How a block-sparse convolution runs.
+
+    Attributes:
+        kernel: "portable" (Triton) or "hopper" (Gluon, compute capability 9.0).
+        tile_n, tile_h, tile_w: images x rows x columns of output pixels a program computes; powers of two. The
+            pointer path flattens them: it computes tile_n * tile_h * tile_w consecutive pixels.
+        tile_out: output channels a program computes; 0 = the whole block row.
+        tile_k: input channels a step multiplies; 0 = the block's. A divisor splits blocks, a multiple (pointer path
+            only) joins several kept (block, tap) pairs into one step.
+        descriptors: load tiles by tensor descriptor (TMA) instead of pointers, where the operands allow it.
+        group_rows: block rows that run side by side on one pixel tile before the next tile; 0 = all.
+        num_warps, num_stages: Triton's. Index loads share the stages: ask for 5-7 to get 3-4 tile buffers.
+        x_stages, w_stages: "hopper" only: depth of the input-tile and weight rings; 0 = chosen by the kernel.
+        schedule: "hopper" only: "balanced" (offline, longest block rows first) or "static".
+    """
+
+    kernel: str = "portable"
+    tile_n: int = 1
+    tile_h: int = 8
+    tile_w: int = 16
+    tile_out: int = 0
+    tile_k: int = 0
+    descriptors: bool = True
+    group_rows: int = 0
+    num_warps: int = 4
+    num_stages: int = 5
+    x_stages: int = 0
+    w_stages: int = 0
+    schedule: str = "balanced"
+
+    @property
+    def tile_pixels(self) -> int:
+        return self.tile_n * self.tile_h * self.tile_w
+
+
+@dataclass(frozen=True)
+class LinearConfig(KernelConfig):
+    """How a block-sparse linear layer runs; fields as in :class:`Conv2dConfig`, ``tile_tokens`` rows of x a program."""
+
+    kernel: str = "portable"
+    tile_tokens: int = 128
+    tile_out: int = 0
+    tile_k: int = 0
+    descriptors: bool = True
+    group_rows: int = 0
+    num_warps: int = 4
+    num_stages: int = 5
+    x_stages: int = 0
+    w_stages: int = 0
+    schedule: str = "balanced"
+
+
+def conv2d_output_size(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """(height, width) of a convolution's output: floor((size + 2 p - d (k - 1) - 1) / s) + 1 along each."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation)
+    )
+    return height, width
+
+
+def next_power_of_two(n: int, at_least: int = 1) -> int:
+    """The smallest power of two >= n and >= at_least."""
+    return max(at_least, 1 << (n - 1).bit_length())
+
+
+def padded_block(block: tuple[int, int]) -> tuple[int, int]:
+    """The tile that holds one block: powers of two, at least 16, the smallest that a matrix instruction takes."""
+    return next_power_of_two(block[0], 16), next_power_of_two(block[1], 16)
+
+
+def pixel_tile(batch: int, height: int, width: int, pixels: int) -> tuple[int, int, int]:
+    """The (images, rows, columns) box of ``pixels`` output pixels that wastes fewest; of equals the squarest.
+
+    Args:
+        batch, height, width: the output's.
+        pixels: size of the box; a power of two.
+    Returns:
+        Powers of two whose product is ``pixels``.
+    """
+
+    def waste(box: tuple[int, int, int]) -> tuple[int, int, int]:
+        n, h, w = box
+        return ceil_div(batch, n) * ceil_div(height, h) * ceil_div(width, w), n, abs(h - w)
+
+    exponents = range(pixels.bit_length())
+    boxes = [(1 << a, 1 << b, pixels >> (a + b)) for a in exponents for b in exponents if pixels >> (a + b)]
+    return min(boxes, key=waste)
+
+
+def _stages(wanted: int, x_bytes: int, w_bytes: int, device: DeviceInfo) -> int:
+    """``wanted`` pipeline stages, or as many as shared memory holds."""
+    return max(2, min(wanted, (device.shared_bytes - 2048) // (x_bytes + w_bytes)))
+
+
+def _largest_tile(candidates: tuple[int, ...], programs: dict[int, int], sm_count: int) -> int:
+    """The first of the candidates (largest first) that still gives every multiprocessor a program, else the last."""
+    return next((tile for tile in candidates if programs[tile] >= sm_count), candidates[-1])
+
+
+def default_conv2d_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dConfig:
+    """The config for a problem nobody tuned. Pure; cheap enough for every call."""
+    out, k = padded_block(problem.block)
+    item = ITEM_SIZE[problem.dtype]
+    height, width = problem.output_size
+    pixels = problem.batch * height * width
+    largest = 128 if item == 4 or out > 64 else 256
+    candidates = tuple(p for p in (256, 128, 64, 32, 16) if p <= largest)
+    programs = {p: ceil_div(pixels, p) * problem.block_rows for p in candidates}
+    tile = _largest_tile(candidates, programs, 2 * device.sm_count)
+    tile_k = min(k, 128 // item)
+    n, h, w = pixel_tile(problem.batch, height, width, tile)
+    return Conv2dConfig(
+        tile_n=n,
+        tile_h=h,
+        tile_w=w,
+        tile_k=tile_k,
+        descriptors=device.has_descriptors,
+        num_warps=8 if out * tile > 64 * 256 else 4,
+        num_stages=_stages(6, tile * tile_k * item, out * tile_k * item, device),
+    )
+
+
+def default_linear_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
+    """The config for a problem nobody tuned. Pure; cheap enough for every call."""
+    out, k = padded_block(problem.block)
+    item = ITEM_SIZE[problem.dtype]
+    largest = 128 if item == 4 or out > 64 else 256
+    limit = next_power_of_two(problem.tokens, 16)
+    candidates = tuple(t for t in (256, 128, 64, 32, 16) if t <= largest and t <= limit)
+    programs = {t: ceil_div(problem.tokens, t) * problem.block_rows for t in candidates}
+    tile = _largest_tile(candidates, programs, 2 * device.sm_count)
+    tile_k = min(k, 128 // item)
+    return LinearConfig(
+        tile_tokens=tile,
+        tile_k=tile_k,
+        descriptors=device.has_descriptors,
+        num_warps=8 if out * tile > 64 * 256 else 4,
+        num_stages=_stages(6, tile * tile_k * item, out * tile_k * item, device),
+    )
