@@ -8,6 +8,8 @@ import re
 
 import torch
 
+from tetris.kernels.configs import DeviceInfo
+
 CPU = "cpu"
 
 
@@ -49,16 +51,16 @@ def versions() -> str:
     return ", ".join(parts)
 
 
-def device_info(device: str | torch.device = "cuda") -> object:
+def device_info(device: str | torch.device = "cuda") -> DeviceInfo:
     """The :class:`tetris.kernels.configs.DeviceInfo` of a GPU, which the analytic configurations ask for.
 
     A machine without a GPU answers with capability (0, 0) and one multiprocessor a thread.
     """
-    from tetris.kernels.configs import DeviceInfo
-
     device = torch.device(device)
     triton = package_version("triton")
     if device.type != "cuda":
         return DeviceInfo(device_name(device), (0, 0), torch.get_num_threads(), triton)
     properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return DeviceInfo(properties.name, (0, 0), properties.multi_processor_count, triton, backend="hip")
     return DeviceInfo(properties.name, (properties.major, properties.minor), properties.multi_processor_count, triton)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tetris.errors import FileFormatError
+from tetris.files import atomic_file
 
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
 
@@ -103,18 +102,10 @@ def write_csv(path: str | Path, rows: Iterable[Row]) -> Path:
     path = Path(path)
     lines = [row.to_columns() for row in rows]
     names = list(dict.fromkeys([*FIXED_COLUMNS, *(name for line in lines for name in line)]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(lines)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
     return path
 
 
