@@ -75,8 +75,8 @@ class BlockLayout:
     @cached_property
     def rows(self) -> torch.Tensor:
         """Block row of every kept block; int64 [kept blocks]."""
-        counts = self.indptr.diff().long()
-        return torch.repeat_interleave(torch.arange(self.grid[0], device=counts.device), counts)
+        blocks = torch.arange(self.n_blocks, dtype=torch.int32, device=self.indptr.device)
+        return torch.searchsorted(self.indptr, blocks, right=True) - 1
 
     def to_mask(self) -> torch.Tensor:
         """bool [block rows, block columns], True = kept."""

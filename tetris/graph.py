@@ -1,0 +1,356 @@
+"""Channel groups: which weight dimensions of a model must be permuted together.
+
+The model is traced with torch.fx. The channels of every tensor between layers form a group: the producers' output
+dimensions, the consumers' input dimensions and the per-channel parameters (batch norm) in between. A permutation of a
+group's channels is invisible from outside and free at run time when all its members follow it: that is how the output
+permutation of one layer and the input permutation of the next merge (Sec. 4.3 of the paper). Groups that reach the
+network's inputs or outputs, or an operation that is not known to act per channel, are *fixed*: they keep their order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from tetris.errors import UnsupportedError, describe
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One weight dimension (or per-channel parameter set) of a channel group.
+
+    Attributes:
+        module: qualified name.
+        role: "output" (weight dim 0), "input" (weight dim 1) or "per_channel" (norms, depthwise convolutions).
+        repeats: consecutive features per channel; > 1 after flattening images.
+    """
+
+    module: str
+    role: str
+    repeats: int = 1
+
+
+@dataclass
+class ChannelGroup:
+    """Weight dimensions that share one order of channels; ``fixed`` says why it must stay the original order."""
+
+    index: int
+    size: int
+    members: list[Member] = field(default_factory=list)
+    fixed: str | None = None
+
+
+@dataclass
+class ModelGraph:
+    """A traced model and its channel groups.
+
+    Attributes:
+        module: the traced module; nodes carry ``tensor_meta``.
+        groups: all channel groups.
+        inputs, outputs: group index and repeats of every layer's input and output channels, by module name.
+    """
+
+    module: fx.GraphModule
+    groups: list[ChannelGroup]
+    inputs: dict[str, tuple[int, int]]
+    outputs: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        rows = []
+        for group in self.groups:
+            roles = {"output": "out", "input": "in", "per_channel": "per channel"}
+            members = ", ".join(f"{m.module} ({roles[m.role]})" for m in group.members)
+            rows.append((group.index, group.size, "fixed: " + group.fixed if group.fixed else "free", members))
+        return tabulate(rows, headers=("group", "channels", "order", "members"), maxcolwidths=[None, None, 40, 70])
+
+
+def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) to call a model with: a tensor is one argument, a tuple or list several, a dict keywords."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if not isinstance(example_inputs, torch.Tensor):
+        raise UnsupportedError(
+            f"example_inputs: wanted a tensor, a tuple of arguments or a dict of keywords; got {describe(example_inputs)}"
+        )
+    return (example_inputs,), {}
+
+
+class _Tracer(fx.Tracer):
+    """Stops at torch's modules, at parametrized ones and at Tetris' own layers."""
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        own = type(m).__module__ == "tetris.layers"
+        return own or nn.utils.parametrize.is_parametrized(m) or super().is_leaf_module(m, qualified_name)
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
+    """``model`` as a GraphModule in evaluation mode with the shapes of ``example_inputs`` on every node.
+
+    Raises:
+        UnsupportedError: torch.fx cannot trace it (control flow that depends on data), with fx's reason.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    modes = {name: m.training for name, m in model.named_modules()}
+    model.eval()
+    try:
+        try:
+            traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+        except Exception as error:  # fx raises many kinds: TraceError, TypeError, AttributeError, RuntimeError ...
+            raise UnsupportedError(
+                f"trace: wanted a model that torch.fx can trace; {type(model).__name__} failed with "
+                f"{type(error).__name__}: {error}; move control flow that depends on tensor values out of forward, or use "
+                "permutations='separate', which needs no tracing"
+            ) from error
+        placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+        with torch.no_grad():
+            ShapeProp(traced).propagate(*args, *(kwargs[name] for name in placeholders[len(args) :] if name in kwargs))
+    finally:
+        for name, m in model.named_modules():
+            m.training = modes[name]
+    return traced
+
+
+@dataclass(frozen=True)
+class _Label:
+    """The channels of a tensor: group (before unions), the dimension they lie in, features per channel."""
+
+    group: int
+    dim: int
+    repeats: int = 1
+
+
+ELEMENTWISE_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
+    nn.Mish, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout,
+)  # fmt: skip
+POOLING_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d)
+ELEMENTWISE_FUNCTIONS: set[Callable] = {
+    F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.hardtanh,
+    F.hardswish, F.hardsigmoid, F.mish, F.softplus, F.dropout, torch.clamp, torch.abs, torch.square, torch.exp,
+}  # fmt: skip
+POOLING_FUNCTIONS: set[Callable] = {
+    F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,
+}  # fmt: skip
+BINARY_FUNCTIONS: set[Callable] = {
+    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, torch.add, torch.sub,
+    torch.mul, torch.div, torch.maximum, torch.minimum,
+}  # fmt: skip
+ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "clamp", "contiguous", "detach", "clone", "float", "half", "abs", "square"}
+BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div"}
+
+
+class _Grouping:
+    """Walks a traced graph once and unites the channel groups."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.traced = traced
+        self.modules = dict(traced.named_modules())
+        self.labels: dict[fx.Node, _Label] = {}
+        self.parent: list[int] = []
+        self.groups: list[ChannelGroup] = []
+        self.inputs: dict[str, tuple[int, int]] = {}
+        self.outputs: dict[str, tuple[int, int]] = {}
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+    def new_group(self, size: int, fixed: str | None = None) -> int:
+        self.parent.append(len(self.parent))
+        self.groups.append(ChannelGroup(len(self.groups), size, fixed=fixed))
+        return self.parent[-1]
+
+    def find(self, group: int) -> int:
+        while self.parent[group] != group:
+            self.parent[group] = group = self.parent[self.parent[group]]
+        return group
+
+    def fix(self, label: _Label | None, reason: str) -> None:
+        if label is not None:
+            root = self.groups[self.find(label.group)]
+            root.fixed = root.fixed or reason
+
+    def unite(self, a: int, b: int) -> None:
+        a, b = sorted((self.find(a), self.find(b)))
+        if a != b:
+            self.parent[b] = a
+            self.groups[a].members += self.groups[b].members
+            self.groups[a].fixed = self.groups[a].fixed or self.groups[b].fixed
+
+    def join(self, label: _Label, member: Member) -> None:
+        members = self.groups[self.find(label.group)].members
+        if member not in members:
+            members.append(member)
+
+    # -- nodes ----------------------------------------------------------------------------------------------------
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        meta = node.meta.get("tensor_meta")
+        return tuple(meta.shape) if hasattr(meta, "shape") else None
+
+    def label_of(self, node: Any) -> _Label | None:
+        return self.labels.get(node) if isinstance(node, fx.Node) else None
+
+    def visit(self, node: fx.Node) -> None:
+        label: _Label | None
+        if node.op == "placeholder":
+            label = self.boundary(node, "network input")
+        elif node.op == "output":
+            for argument in node.all_input_nodes:
+                self.fix(self.label_of(argument), "network output")
+            return
+        elif node.op == "call_module":
+            label = self.visit_module(node, str(node.target), self.modules[str(node.target)])
+        elif node.op in ("call_function", "call_method"):
+            label = self.visit_call(node)
+        else:
+            label = None
+        if label is not None:
+            self.labels[node] = label
+
+    def boundary(self, node: fx.Node, reason: str) -> _Label | None:
+        shape = self.shape(node)
+        if shape is None or len(shape) < 2:
+            return None
+        dim = 1 if len(shape) == 4 else len(shape) - 1
+        return _Label(self.new_group(shape[dim], reason), dim)
+
+    def unknown(self, node: fx.Node) -> None:
+        """An operation that may mix channels: everything that enters keeps its order, what leaves has none to follow."""
+        for argument in node.all_input_nodes:
+            self.fix(self.label_of(argument), f"{node.name} may mix channels")
+
+    def visit_module(self, node: fx.Node, name: str, module: nn.Module) -> _Label | None:
+        x = self.label_of(node.args[0]) if node.args else None
+        rank = len(self.shape(node) or ())
+        if isinstance(module, nn.Conv2d):
+            if module.groups == module.in_channels == module.out_channels and x is not None:
+                self.join(x, Member(name, "per_channel"))
+                return x
+            if module.groups > 1:
+                self.unknown(node)
+                return _Label(self.new_group(module.out_channels, f"{name} has groups"), 1)
+            return self.weighted(name, x, dim=1, size_in=module.in_channels, size_out=module.out_channels)
+        if isinstance(module, nn.Linear):
+            return self.weighted(name, x, dim=rank - 1, size_in=module.in_features, size_out=module.out_features)
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and x is not None and x.dim == 1 and x.repeats == 1:
+            self.join(x, Member(name, "per_channel"))
+            return x
+        if isinstance(module, nn.LayerNorm) and x is not None and x.dim == rank - 1 and len(module.normalized_shape) == 1:
+            self.join(x, Member(name, "per_channel", x.repeats))
+            return x
+        if isinstance(module, ELEMENTWISE_MODULES):
+            return x
+        if isinstance(module, POOLING_MODULES) and x is not None and x.dim == 1:
+            return x
+        if isinstance(module, nn.Flatten):
+            return self.flatten(node, x, module.start_dim, module.end_dim)
+        self.unknown(node)
+        return None
+
+    def weighted(self, name: str, x: _Label | None, dim: int, size_in: int, size_out: int) -> _Label:
+        if x is None or x.dim != dim:
+            self.fix(x, f"{name} reads another dimension")
+            x = _Label(self.new_group(size_in, "the order of its producer is unknown"), dim)
+        if name in self.outputs:  # a module that is called twice: both calls share their channels
+            self.unite(self.inputs[name][0], x.group)
+            return _Label(self.outputs[name][0], dim)
+        self.inputs[name] = (x.group, x.repeats)
+        self.join(x, Member(name, "input", x.repeats))
+        out = _Label(self.new_group(size_out), dim)
+        self.outputs[name] = (out.group, 1)
+        self.join(out, Member(name, "output"))
+        return out
+
+    def visit_call(self, node: fx.Node) -> _Label | None:
+        target, is_method = node.target, node.op == "call_method"
+        x = self.label_of(node.args[0]) if node.args else None
+        if target in (BINARY_METHODS if is_method else BINARY_FUNCTIONS):
+            return self.binary(node)
+        if target in (ELEMENTWISE_METHODS if is_method else ELEMENTWISE_FUNCTIONS):
+            return x
+        if not is_method and target in POOLING_FUNCTIONS and x is not None and x.dim == 1:
+            return x
+        if target in ("flatten", torch.flatten):
+            start, end = ([*node.args[1:], 0, -1][i] for i in (0, 1)) if len(node.args) > 1 else (0, -1)
+            return self.flatten(node, x, node.kwargs.get("start_dim", start), node.kwargs.get("end_dim", end))
+        if target in ("view", "reshape", torch.reshape):
+            return self.reshape(node, x)
+        if target in ("mean", torch.mean) and x is not None and x.repeats == 1 and x.dim == 1:
+            before, after = self.shape(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+            if before and after and len(after) > 1 and after[:2] == before[:2] and node.args[1:2] not in ((1,), ([1],)):
+                return x
+        if self.shape(node) is None or target in ("size", "dim", getattr):
+            return None  # not a tensor: no channels to follow
+        self.unknown(node)
+        return None
+
+    def binary(self, node: fx.Node) -> _Label | None:
+        operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and self.shape(a)]
+        labels = [self.label_of(a) for a in operands]
+        if len(operands) == 1:
+            return labels[0]
+        a, b = labels
+        shapes = [self.shape(o) or () for o in operands]
+        same = a and b and (a.dim, a.repeats) == (b.dim, b.repeats) and len(shapes[0]) == len(shapes[1])
+        if a and b and same and shapes[0][a.dim] == shapes[1][b.dim]:
+            self.unite(a.group, b.group)
+            return a
+        self.unknown(node)
+        return None
+
+    def flatten(self, node: fx.Node, x: _Label | None, start: Any, end: Any) -> _Label | None:
+        shape = self.shape(node.args[0])  # type: ignore[arg-type]
+        if x is None or shape is None:
+            return None
+        start, end = start % len(shape), end % len(shape)
+        if start == x.dim:
+            repeats = int(torch.Size(shape[start + 1 : end + 1]).numel())
+            return replace(x, repeats=x.repeats * repeats)
+        if start > x.dim:
+            return x
+        if end < x.dim:
+            return replace(x, dim=x.dim - (end - start))
+        self.unknown(node)
+        return None
+
+    def reshape(self, node: fx.Node, x: _Label | None) -> _Label | None:
+        before, after = self.shape(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+        if x is not None and before and after and x.dim == 1 and after[0] == before[0] and len(after) == 2:
+            return self.flatten(node, x, 1, -1)
+        if x is not None and before and after and x.dim == len(before) - 1 and after[-1] == before[-1]:
+            return replace(x, dim=len(after) - 1)
+        self.unknown(node)
+        return None
+
+    def result(self) -> ModelGraph:
+        for node in self.traced.graph.nodes:
+            self.visit(node)
+        roots = sorted({self.find(i) for i in range(len(self.groups))})
+        roots = [r for r in roots if self.groups[r].members]
+        renumber = {root: i for i, root in enumerate(roots)}
+        groups = [replace(self.groups[r], index=renumber[r]) for r in roots]
+        inputs = {n: (renumber[self.find(g)], r) for n, (g, r) in self.inputs.items()}
+        outputs = {n: (renumber[self.find(g)], r) for n, (g, r) in self.outputs.items()}
+        return ModelGraph(self.traced, groups, inputs, outputs)
+
+
+def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ModelGraph:
+    """Trace ``model`` and find its channel groups; ``print()`` the result for a table.
+
+    Args:
+        model: any module that torch.fx can trace; it is not changed.
+        example_inputs: a tensor, a tuple of arguments or a dict of keywords, on the model's device; one forward pass
+            in evaluation mode is run on them.
+    Raises:
+        UnsupportedError: the model cannot be traced.
+    """
+    return _Grouping(trace(model, example_inputs)).result()

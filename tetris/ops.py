@@ -1,0 +1,331 @@
+"""Block-sparse operations registered with torch: ``torch.ops.tetris.*``.
+
+Registration gives them shapes without data (fake kernels), gradients and an identity that torch.compile, CUDA graphs and
+torch.export can keep. A CUDA tensor runs a Triton kernel, a CPU tensor native dense operations on the kept inputs.
+Arguments are plain: packed values and their layout, permutations or None, a config as JSON ("" = analytic default).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tetris.errors import UnsupportedError, describe
+from tetris.kernels.configs import (
+    Conv2dConfig,
+    Conv2dProblem,
+    DeviceInfo,
+    LinearConfig,
+    LinearProblem,
+    conv2d_output_size,
+    default_conv2d_config,
+    default_linear_config,
+)
+from tetris.reference import dense_weight, finish
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def device_info(device: torch.device) -> DeviceInfo:
+    """The facts about a GPU that choose a config.
+
+    Raises:
+        UnsupportedError: Triton is not installed (it exists for Linux only).
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise UnsupportedError(
+            f"GPU kernels: wanted Triton for {device}; it is not installed on this platform; install `triton` "
+            "(Linux only) or move the model and its inputs to the CPU"
+        ) from error
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceInfo(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        sm_count=properties.multi_processor_count,
+        triton_version=triton.__version__,
+        backend="hip" if torch.version.hip else "cuda",
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def conv2d_config(problem: Conv2dProblem, device: DeviceInfo, key: str) -> Conv2dConfig:
+    """The config of a key, or the analytic default for the problem; pure, so remembering it is safe."""
+    return Conv2dConfig.from_key(key) if key else default_conv2d_config(problem, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_config(problem: LinearProblem, device: DeviceInfo, key: str) -> LinearConfig:
+    """The config of a key, or the analytic default for the problem; pure, so remembering it is safe."""
+    return LinearConfig.from_key(key) if key else default_linear_config(problem, device)
+
+
+def check_dtypes(op: str, x: Tensor, values: Tensor) -> None:
+    """Inputs and weights must share one supported dtype and one device."""
+    if x.dtype != values.dtype or x.device != values.device or x.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{op}: wanted input and weights on one device in one of float16, bfloat16, float32; got input {describe(x)} "
+            f"and weights {describe(values)}; convert one with .to(...)"
+        )
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("tetris::block_sparse_conv2d", mutates_args=(), device_types="cuda")
+def block_sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_permutation: Tensor | None,
+    output_permutation: Tensor | None,
+    schedule: Sequence[Tensor],
+    c_out: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    allow_tf32: bool,
+    config: str,
+) -> Tensor:
+    """activation(conv2d(x, W) + bias + residual), W block-sparse (eq. 3).
+
+    Args:
+        x: [N, C_IN, H, W], channels_last.
+        values, indptr, indices: packed blocks [n_blocks, KH * KW, BLOCK_OUT, BLOCK_IN] and their layout, no empty rows.
+        bias: [C_OUT] in block-row order.
+        residual: like the output.
+        input_permutation: channel j of the layer reads channel input_permutation[j] of x.
+        output_permutation: output channel j of the layer is stored as channel output_permutation[j].
+        schedule: the Hopper kernel's offline schedule, empty otherwise.
+        config: a :class:`~tetris.kernels.configs.Conv2dConfig` key; "" picks the analytic default.
+    Returns:
+        [N, C_OUT, H', W'], channels_last, x's dtype.
+    Cost: 2 N H' W' n_blocks KH KW BLOCK_OUT BLOCK_IN FLOP.
+    """
+    device = device_info(x.device)
+    problem = Conv2dProblem(
+        batch=x.shape[0],
+        c_in=x.shape[1],
+        c_out=c_out,
+        height=x.shape[2],
+        width=x.shape[3],
+        kernel_size=(kernel_size[0], kernel_size[1]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        block=(values.shape[-2], values.shape[-1]),
+        dtype=dtype_name(x.dtype),
+        n_blocks=values.shape[0],
+    )
+    from tetris.kernels.conv2d import block_sparse_conv2d as launch
+
+    return launch(
+        x.contiguous(memory_format=torch.channels_last),
+        values,
+        indptr,
+        indices,
+        bias,
+        c_out=c_out,
+        kernel_size=problem.kernel_size,
+        stride=problem.stride,
+        padding=problem.padding,
+        dilation=problem.dilation,
+        activation=activation,
+        residual=residual,
+        input_permutation=input_permutation,
+        output_permutation=output_permutation,
+        allow_tf32=allow_tf32,
+        config=conv2d_config(problem, device, config),
+    )
+
+
+@block_sparse_conv2d.register_kernel("cpu")
+def _conv2d_cpu(
+    x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
+    c_out, kernel_size, stride, padding, dilation, activation, allow_tf32, config,
+):  # fmt: skip
+    from tetris.kernels.cpu.conv2d import block_sparse_conv2d as run
+
+    return run(
+        x, values, indptr, indices, bias, c_out=c_out, kernel_size=tuple(kernel_size), stride=tuple(stride),
+        padding=tuple(padding), dilation=tuple(dilation), activation=activation, residual=residual,
+        input_permutation=input_permutation, output_permutation=output_permutation,
+    )  # fmt: skip
+
+
+@block_sparse_conv2d.register_fake
+def _conv2d_shape(
+    x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
+    c_out, kernel_size, stride, padding, dilation, activation, allow_tf32, config,
+):  # fmt: skip
+    height, width = conv2d_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty((x.shape[0], c_out, height, width)).to(memory_format=torch.channels_last)
+
+
+def _conv2d_dense(x, values, bias, residual, indptr, indices, input_permutation, output_permutation, arguments):
+    """The same function through a dense weight, differentiable; what gradients are taken of."""
+    c_out, kernel_size, stride, padding, dilation, activation = arguments[:6]
+    if input_permutation is not None:
+        x = x.index_select(1, input_permutation)
+    weight = dense_weight(values, indptr, indices, (c_out, x.shape[1]), tuple(kernel_size))
+    y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation))
+    return finish(y, bias, activation, residual, output_permutation, dim=1)
+
+
+# -- linear -----------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("tetris::block_sparse_linear", mutates_args=(), device_types="cuda")
+def block_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_permutation: Tensor | None,
+    output_permutation: Tensor | None,
+    schedule: Sequence[Tensor],
+    out_features: int,
+    activation: str,
+    allow_tf32: bool,
+    config: str,
+) -> Tensor:
+    """activation(x W^T + bias + residual), W block-sparse (eq. 2); x is [..., C_IN], the result [..., C_OUT].
+
+    Arguments as in :func:`block_sparse_conv2d`; values are [n_blocks, BLOCK_OUT, BLOCK_IN].
+    Cost: 2 tokens n_blocks BLOCK_OUT BLOCK_IN FLOP.
+    """
+    device = device_info(x.device)
+    problem = LinearProblem(
+        tokens=x.numel() // x.shape[-1],
+        in_features=x.shape[-1],
+        out_features=out_features,
+        block=(values.shape[-2], values.shape[-1]),
+        dtype=dtype_name(x.dtype),
+        n_blocks=values.shape[0],
+    )
+    from tetris.kernels.linear import block_sparse_linear as launch
+
+    return launch(
+        x.contiguous(),
+        values,
+        indptr,
+        indices,
+        bias,
+        out_features=out_features,
+        activation=activation,
+        residual=residual,
+        input_permutation=input_permutation,
+        output_permutation=output_permutation,
+        allow_tf32=allow_tf32,
+        config=linear_config(problem, device, config),
+    )
+
+
+@block_sparse_linear.register_kernel("cpu")
+def _linear_cpu(
+    x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
+    out_features, activation, allow_tf32, config,
+):  # fmt: skip
+    from tetris.kernels.cpu.linear import block_sparse_linear as run
+
+    return run(
+        x, values, indptr, indices, bias, out_features=out_features, activation=activation, residual=residual,
+        input_permutation=input_permutation, output_permutation=output_permutation,
+    )  # fmt: skip
+
+
+@block_sparse_linear.register_fake
+def _linear_shape(
+    x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
+    out_features, activation, allow_tf32, config,
+):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_dense(x, values, bias, residual, indptr, indices, input_permutation, output_permutation, arguments):
+    """The same function through a dense weight, differentiable; what gradients are taken of."""
+    out_features, activation = arguments[:2]
+    if input_permutation is not None:
+        x = x.index_select(-1, input_permutation)
+    weight = dense_weight(values, indptr, indices, (out_features, x.shape[-1]))
+    return finish(F.linear(x, weight), bias, activation, residual, output_permutation, dim=-1)
+
+
+# -- channel permutation ----------------------------------------------------------------------------------------------
+@torch.library.custom_op("tetris::permute_channels", mutates_args=(), device_types="cuda")
+def permute_channels(x: Tensor, permutation: Tensor, dim: int) -> Tensor:
+    """y[..., j, ...] = x[..., permutation[j], ...] along ``dim``: pure data movement, x read and y written once."""
+    device_info(x.device)
+    from tetris.kernels.permute import permute_channels as launch
+
+    return launch(x, permutation, dim=dim)
+
+
+@permute_channels.register_kernel("cpu")
+def _permute_cpu(x, permutation, dim):
+    y = x.index_select(dim, permutation)
+    return y.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else y
+
+
+@permute_channels.register_fake
+def _permute_shape(x, permutation, dim):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y.to(memory_format=torch.channels_last) if x.dim() == 4 else y
+
+
+def _permute_backward(context: Any, gradient: Tensor) -> tuple:
+    (permutation,) = context.saved_tensors
+    return torch.zeros_like(gradient).index_add(context.dim, permutation, gradient), None, None
+
+
+def _permute_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.dim = inputs[2]
+
+
+permute_channels.register_autograd(_permute_backward, setup_context=_permute_context)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+def _register_dense_gradient(op: Any, dense: Callable[..., Tensor]) -> None:
+    """Gradients of x, values, bias and residual by differentiating ``dense``, which recomputes the forward pass.
+
+    Training a converted layer therefore costs what the dense layer costs; fine-tune the masked model instead.
+    """
+    n_tensors = 8  # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:n_tensors])
+        ctx.schedule, ctx.arguments = [None] * len(inputs[n_tensors]), inputs[n_tensors + 1 :]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        x, values, indptr, indices, bias, residual, input_permutation, output_permutation = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
+        with torch.enable_grad():
+            leaves = [t if t is None else t.detach().requires_grad_() for t in (x, values, bias, residual)]
+            y = dense(*leaves, indptr, indices, input_permutation, output_permutation, ctx.arguments)
+            found = iter(torch.autograd.grad(y, [leaf for leaf, w in zip(leaves, wanted) if w], gradient))
+        g_x, g_values, g_bias, g_residual = (next(found) if w else None for w in wanted)
+        rest = (None,) * len(ctx.arguments)
+        return (g_x, g_values, None, None, g_bias, g_residual, None, None, ctx.schedule, *rest)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+_register_dense_gradient(block_sparse_conv2d, _conv2d_dense)
+_register_dense_gradient(block_sparse_linear, _linear_dense)
