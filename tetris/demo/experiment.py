@@ -1,0 +1,228 @@
+"""The grid of the demo: one trained LeNet; for every sparsity and block size, pruned in four ways, fine-tuned,
+converted, verified and timed. A finished variant is one Result; an interrupted grid goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tetris
+from tetris.autotune.timer import time_us
+from tetris.demo.datasets import Dataset
+from tetris.demo.training import OnStep, Schedule, accuracy, seeded, train
+from tetris.errors import FileFormatError
+from tetris.files import write_text
+from tetris.models import LeNet
+
+PRUNED_LAYERS = ("conv2", "fc1")
+"""98.7 % of LeNet's weights. conv1 (one input channel) and fc2 (ten classes), the ends, stay dense."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: "element", or in blocks of ``block`` x ``block`` reordered by "none", "sort", "paper", ..."""
+
+    method: str
+    block: int
+    sparsity: float
+
+    @property
+    def key(self) -> str:
+        """A short name that is also a file's."""
+        return f"{self.method}-{self.block}-{self.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the results."""
+
+    blocks: tuple[int, ...] = (8, 16, 32)
+    sparsities: tuple[float, ...] = (0.5, 0.73, 0.9, 0.95)
+    methods: tuple[str, ...] = ("none", "sort", "paper")
+    seed: int = 0
+    training: Schedule = field(default_factory=lambda: Schedule(epochs=12, learning_rate=0.05))
+    fine_tuning: Schedule = field(default_factory=lambda: Schedule(epochs=2, learning_rate=0.02))
+    timed_batch: int = 256
+    timed_repeats: int = 15
+
+    def variants(self) -> list[Variant]:
+        """The grid; element-wise pruning once per sparsity."""
+        return [
+            variant
+            for sparsity in self.sparsities
+            for variant in (
+                Variant("element", 1, sparsity),
+                *(Variant(method, block, sparsity) for block in self.blocks for method in self.methods),
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a variant. Accuracies are fractions of the held-out images; times are microseconds a batch.
+
+    Attributes:
+        retained: kept / total importance (sum of |W|) of the pruned layers, right after pruning.
+        kept_work: multiply-adds left / all, over the whole network.
+        dense_us, fast_us: medians of the dense and the converted network; NaN for element-wise masks, which leave
+            nothing that a dense machine could skip.
+        error: ||converted - masked|| / ||masked|| of the network's outputs, as ``tetris.verify`` reports it.
+    """
+
+    variant: Variant
+    retained: float
+    kept_work: float
+    accuracy_before: float
+    accuracy_after: float
+    dense_us: float = math.nan
+    fast_us: float = math.nan
+    error: float = math.nan
+
+    @property
+    def speedup(self) -> float:
+        """Dense / converted time, measured on this machine."""
+        return self.dense_us / self.fast_us
+
+    @property
+    def ideal(self) -> float:
+        """The speedup if time were proportional to the work that is left, the dense layers included."""
+        return 1 / self.kept_work
+
+
+def trained_lenet(data: Dataset, settings: Settings, checkpoint: Path, on_step: OnStep | None = None) -> nn.Module:
+    """The dense network, on the data's device; from ``checkpoint`` where that is complete."""
+    model = seeded(LeNet, settings.seed).to(data.train_images.device)
+    return train(model, data, settings.training, settings.seed, checkpoint, on_step)
+
+
+def run_variant(
+    dense: nn.Module,
+    data: Dataset,
+    variant: Variant,
+    settings: Settings,
+    checkpoint: Path,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Prune, fine-tune, convert, verify, time. ``dense`` is left as it is; the checkpoint is removed at the end."""
+    example = data.test_images[: settings.timed_batch]
+    by_element = variant.method == "element"
+    pruned = tetris.prune(
+        dense,
+        sparsity={name: variant.sparsity for name in PRUNED_LAYERS},
+        block=variant.block,
+        method="none" if by_element else variant.method,
+        structure="element" if by_element else "block",
+        example_inputs=example,
+        seed=settings.seed,
+    )
+    kept = kept_fractions(pruned)
+    retained = retained_importance(dense, pruned)
+    before = accuracy(pruned, data.test_images, data.test_labels)
+    train(pruned, data, settings.fine_tuning, settings.seed, checkpoint, on_step)
+    after = accuracy(pruned, data.test_images, data.test_labels)
+    work = multiply_adds(dense, example[:1])
+    kept_work = sum(work[name] * kept[name] for name in work) / sum(work.values())
+    checkpoint.unlink(missing_ok=True)
+    if by_element:
+        return Result(variant, retained, kept_work, before, after)
+    fast = tetris.convert(pruned, example_inputs=example)
+    report = tetris.verify(pruned, fast, example_inputs=example)
+    dense_us, fast_us = time_pair(dense, fast, example, settings.timed_repeats)
+    return Result(variant, retained, kept_work, before, after, dense_us, fast_us, report.error)
+
+
+def run_grid(
+    dense: nn.Module, data: Dataset, settings: Settings, folder: Path, on_step: OnStep | None = None
+) -> Iterator[Result]:
+    """Every variant's result, in the grid's order; each is kept in ``folder`` as soon as it is there."""
+    store = ResultStore(folder / "results.json", f"{settings} {data.describe()} {data.train_images.device}")
+    for variant in settings.variants():
+        if variant.key not in store.results:
+            store.add(run_variant(dense, data, variant, settings, folder / f"{variant.key}.pt", on_step))
+        yield store.results[variant.key]
+
+
+class ResultStore:
+    """Finished results in a JSON file; they count only for the settings, data and device that they were made with."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.results: dict[str, Result] = {}
+        if path.exists():
+            self._read()
+
+    def add(self, result: Result) -> None:
+        """Keep a result; the file is replaced atomically."""
+        self.results[result.variant.key] = result
+        content = {"fingerprint": self.fingerprint, "results": [asdict(r) for r in self.results.values()]}
+        write_text(self.path, json.dumps(content, indent=1))
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["fingerprint"] != self.fingerprint:
+                return
+            found = [Result(**{**entry, "variant": Variant(**entry["variant"])}) for entry in content["results"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(f"demo: {self.path} is corrupt ({error}); delete it to start over") from error
+        self.results = {result.variant.key: result for result in found}
+
+
+def time_pair(dense: nn.Module, fast: nn.Module, example: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Median microseconds of both networks on the same batch, interleaved; on a GPU in fp16 and as CUDA graphs."""
+    on_gpu = example.device.type == "cuda"
+    with torch.inference_mode():
+        timings = time_us(
+            {"dense": lambda: dense(example), "fast": lambda: fast(example)},
+            device=example.device,
+            repeats=repeats,
+            cuda_graph=on_gpu,
+        )
+    return timings["dense"].median_us, timings["fast"].median_us
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Layer name -> the weight that its forward uses (masked where a mask is in place), detached."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return {name: layer.weight.detach() for name, layer in layers.items()}
+
+
+def kept_fractions(pruned: nn.Module) -> dict[str, float]:
+    """Layer name -> fraction of its weights that are not zero."""
+    return {name: float((weight != 0).double().mean()) for name, weight in weights(pruned).items()}
+
+
+def retained_importance(dense: nn.Module, pruned: nn.Module, names: Sequence[str] = PRUNED_LAYERS) -> float:
+    """sum |masked W| / sum |W| over the pruned layers: one minus the paper's objective (eq. 5), normalised."""
+    before, after = weights(dense), weights(pruned)
+    total = sum(float(before[name].abs().sum()) for name in names)
+    return sum(float(after[name].abs().sum()) for name in names) / total
+
+
+def multiply_adds(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """Layer name -> multiply-adds of the dense layer for ``example`` [1, ...]."""
+    counts: dict[str, int] = {}
+
+    def count(name: str):
+        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            positions = output[0].numel() // output.shape[1]
+            counts[name] = module.weight.numel() * positions  # type: ignore[operator, union-attr]
+
+        return hook
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(count(name)) for name, layer in layers]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
