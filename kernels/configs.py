@@ -190,6 +190,11 @@ def next_power_of_two(n: int, at_least: int = 1) -> int:
     return max(at_least, 1 << (n - 1).bit_length())
 
 
+def is_power_of_two_tile(size: int) -> bool:
+    """Whether a tile of this size needs no padding: a power of two that a matrix instruction takes."""
+    return size >= 16 and size & (size - 1) == 0
+
+
 def padded_block(block: tuple[int, int]) -> tuple[int, int]:
     """The tile that holds one block: powers of two, at least 16, the smallest that a matrix instruction takes."""
     return next_power_of_two(block[0], 16), next_power_of_two(block[1], 16)

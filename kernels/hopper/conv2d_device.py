@@ -1,0 +1,270 @@
+"""Device code of the Hopper convolution (Gluon, sm_90): one producer warpgroup feeds two consumer warpgroups.
+
+The producer issues TMA loads: for every kept block the input tile with its halo (all taps read it) and the weights in
+groups of taps. A consumer accumulates 64 output channels x its rows of the tile: weights are wgmma's register operand,
+pixels its shared-memory operand, ``acc[out, pixel] += w[out, k] x[pixel, k]``. Programs are persistent and walk the
+schedule's list of tiles. Geometry: ``geometry.ConvTile``, a compile-time constant here called T.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tetris.kernels.hopper.epilogue_device import activate, pool_columns
+
+
+@gluon.jit
+def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
+    """(row of 64 output channels, y, x, image) where a tile of the schedule begins."""
+    spatial = tile // rows
+    row = tile % rows
+    x0 = (spatial % tiles_x) * T.tile_w
+    spatial = spatial // tiles_x
+    y0 = (spatial % tiles_y) * T.tile_h
+    n0 = (spatial // tiles_y) * T.tile_n
+    return row, y0, x0, n0
+
+
+@gluon.jit
+def load_input_tile(x_desc, halo_desc, x_buffer, barrier, stage, y0, x0, n0, channel, T: gl.constexpr):
+    """Issue the loads of one input stage: TILE_K channels of the tile and its halo; TMA zero-fills the padding."""
+    DTYPE: gl.constexpr = x_desc.dtype
+    LAYOUT: gl.constexpr = x_desc.layout
+    ROWS: gl.constexpr = T.input_rows
+    COPIES: gl.constexpr = T.kernel_width if T.copies else 1
+    HALO_BOXES: gl.constexpr = T.halo_boxes
+    BOX: gl.constexpr = [1, T.tile_w, T.tile_n, T.tile_k]
+    HALO_BOX: gl.constexpr = [1, T.halo_box, T.tile_n, T.tile_k]
+    mbarrier.expect(barrier, T.x_step_bytes)
+    for copy in gl.static_range(COPIES):
+        for row in gl.static_range(ROWS):
+            group = stage * T.stage_groups + (copy * ROWS + row) * T.row_groups
+            x = x0 - T.padding_w + copy * T.dilation_w
+            main = x_buffer.index(group)._reinterpret(DTYPE, BOX, LAYOUT)
+            tma.async_copy_global_to_shared(x_desc, [y0 - T.padding_h + row, x, n0, channel], barrier, main)
+            for box in gl.static_range(HALO_BOXES):
+                columns = T.tile_w + box * T.halo_box
+                halo = x_buffer.index(group + columns * T.tile_n // 8)._reinterpret(DTYPE, HALO_BOX, LAYOUT)
+                tma.async_copy_global_to_shared(
+                    halo_desc, [y0 - T.padding_h + row, x + columns, n0, channel], barrier, halo
+                )
+
+
+@gluon.jit
+def producer(
+    x_desc, halo_desc, w_desc, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x,
+    x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T: gl.constexpr,
+):  # fmt: skip
+    """The loading warps: input tiles and weights of every tile of this program, as far ahead as the rings allow."""
+    W_GROUPS: gl.constexpr = T.taps // T.w_taps
+    W_TAPS: gl.constexpr = T.w_taps
+    xi = 0
+    wi = 0
+    program = gl.program_id(0)
+    for position in range(gl.load(program_ptr + program), gl.load(program_ptr + program + 1)):
+        row, y0, x0, n0 = tile_origin(gl.load(order + position), rows, tiles_y, tiles_x, T)
+        block_row = row // T.halves
+        half = row % T.halves
+        for block in range(gl.load(indptr + block_row), gl.load(indptr + block_row + 1)):
+            column = gl.load(indices + block)
+            for step in range(T.k_steps):
+                stage = xi % T.x_stages
+                mbarrier.wait(x_empty.index(stage), ((xi // T.x_stages) & 1) ^ 1)
+                channel = column * T.block_in + step * T.tile_k
+                load_input_tile(x_desc, halo_desc, x_buffer, x_full.index(stage), stage, y0, x0, n0, channel, T)
+                xi += 1
+                for group in range(W_GROUPS):
+                    w_stage = wi % T.w_stages
+                    mbarrier.wait(w_empty.index(w_stage), ((wi // T.w_stages) & 1) ^ 1)
+                    mbarrier.expect(w_full.index(w_stage), T.w_step_bytes)
+                    for tap in gl.static_range(W_TAPS):
+                        w_row = (block * T.taps + group * W_TAPS + tap) * T.block_out + half * 64
+                        tma.async_copy_global_to_shared(
+                            w_desc, [w_row, step * T.tile_k], w_full.index(w_stage), w_buffer.index(w_stage * W_TAPS + tap)
+                        )  # fmt: skip
+                    wi += 1
+
+
+@gluon.jit
+def multiply_step(
+    accs, x_buffer, w_buffer, w_full, w_empty, wi, base, R: gl.constexpr, DEFER: gl.constexpr, T: gl.constexpr
+):
+    """All taps of one step: ``accs`` += weights x shifted tile; returns (accs, weight groups consumed so far)."""
+    DTYPE: gl.constexpr = x_buffer.dtype
+    N: gl.constexpr = T.accumulator_pixels
+    TAPS: gl.constexpr = T.taps
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32 // T.item_size]
+    )
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 // T.item_size)
+    RIGHT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, T.item_size * 8, rank=2)
+    w_stage = wi % T.w_stages
+    mbarrier.wait(w_full.index(w_stage), (wi // T.w_stages) & 1)
+    w = w_buffer.index(w_stage * T.w_taps).load(LEFT)
+    w_before = w
+    for tap in gl.static_range(TAPS):
+        DY: gl.constexpr = tap // T.kernel_width
+        DX: gl.constexpr = tap % T.kernel_width
+        started = ()
+        for r in gl.static_range(R):
+            row = r * T.rows_per_accumulator + DY * T.dilation_h
+            pixels = x_buffer.index(base + row * T.row_groups + DX * T.column_groups)
+            pixels = pixels._reinterpret(DTYPE, [N, T.tile_k], RIGHT).permute((1, 0))
+            started = started + (warpgroup_mma(w, pixels, accs[r], precision="tf32", is_async=True),)
+        if DEFER and tap > 0:  # the tap before has ended: its weights' registers are free again
+            waited = warpgroup_mma_wait(R, deps=started + (w_before,))
+            started = waited[:R]
+        w_before = w
+        if tap + 1 < TAPS:
+            if (tap + 1) % T.w_taps == 0:
+                mbarrier.arrive(w_empty.index(w_stage))
+                wi += 1
+                w_stage = wi % T.w_stages
+                mbarrier.wait(w_full.index(w_stage), (wi // T.w_stages) & 1)
+            w = w_buffer.index(w_stage * T.w_taps + (tap + 1) % T.w_taps).load(LEFT)
+        else:
+            mbarrier.arrive(w_empty.index(w_stage))
+            wi += 1
+        if not DEFER or tap + 1 == TAPS:
+            waited = warpgroup_mma_wait(0, deps=started + (w_before,))
+            started = waited[:R]
+        accs = started
+    return accs, wi
+
+
+@gluon.jit
+def consumer(
+    y_desc, r_desc, bias, indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
+    WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    POOL: gl.constexpr, DEFER: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """A multiplying warpgroup: accumulates its rows of every tile, then bias, residual, activation, pool and store."""
+    DTYPE: gl.constexpr = y_desc.dtype
+    N: gl.constexpr = T.accumulator_pixels
+    ROWS: gl.constexpr = T.rows_per_accumulator
+    ROW0: gl.constexpr = 0 if WARPGROUP == 0 else T.consumer_rows[0]
+    R: gl.constexpr = T.consumer_rows[WARPGROUP] // ROWS
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32 // T.item_size]
+    )
+    OUT_N: gl.constexpr = N // 2 if POOL else N
+    OUT_R: gl.constexpr = R // 2 if POOL else R
+    SHRINK: gl.constexpr = 2 if POOL else 1
+    Y_BOX: gl.constexpr = [ROWS, T.tile_w // SHRINK, T.tile_n, 64]
+    xi = 0
+    wi = 0
+    yi = 0
+    ri = 0
+    program = gl.program_id(0)
+    for position in range(gl.load(program_ptr + program), gl.load(program_ptr + program + 1)):
+        row, y0, x0, n0 = tile_origin(gl.load(order + position), rows, tiles_y, tiles_x, T)
+        block_row = row // T.halves
+        accs = ()
+        for r in gl.static_range(R):
+            accs = accs + (gl.zeros((64, N), gl.float32, ACC),)
+        for _step in range(gl.load(indptr + block_row) * T.k_steps, gl.load(indptr + block_row + 1) * T.k_steps):
+            stage = xi % T.x_stages
+            mbarrier.wait(x_full.index(stage), (xi // T.x_stages) & 1)
+            base = stage * T.stage_groups + ROW0 * T.row_groups
+            accs, wi = multiply_step(accs, x_buffer, w_buffer, w_full, w_empty, wi, base, R, DEFER, T)
+            mbarrier.arrive(x_empty.index(stage))
+            xi += 1
+
+        channels = row * 64 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+        if HAS_BIAS:
+            shift = gl.load(bias + channels, mask=channels < c_out, other=0.0).to(gl.float32)
+        for r in gl.static_range(OUT_R):
+            y = y0 + ROW0 + r * ROWS * SHRINK
+            slot = WARPGROUP * T.y_stages + yi % T.y_stages
+            tma.store_wait(T.y_stages - 1)
+            out = y_buffer.index(slot)
+            for half in gl.static_range(SHRINK):
+                value = accs[r * SHRINK + half]
+                if HAS_BIAS:
+                    value = value + gl.expand_dims(shift, 1)
+                if HAS_RESIDUAL:
+                    mbarrier.expect(r_full.index(WARPGROUP), 64 * N * T.item_size)
+                    target = out._reinterpret(DTYPE, [ROWS, T.tile_w, T.tile_n, 64], r_desc.layout)
+                    tma.async_copy_global_to_shared(
+                        r_desc, [y + half * ROWS, x0, n0, row * 64], r_full.index(WARPGROUP), target
+                    )
+                    mbarrier.wait(r_full.index(WARPGROUP), ri & 1)
+                    ri += 1
+                    value = value + out.permute((1, 0)).load(ACC).to(gl.float32)
+                value = activate(value, ACTIVATION)
+                if half == 0:
+                    kept = value
+                else:
+                    kept = gl.maximum(kept, value)
+            if POOL:
+                kept = pool_columns(kept, T.tile_w, T.tile_n)
+                out = out._reinterpret(DTYPE, [OUT_N, 64], out.layout)
+            out.permute((1, 0)).store(kept.to(DTYPE))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(
+                y_desc, [y // SHRINK, x0 // SHRINK, n0, row * 64], out._reinterpret(DTYPE, Y_BOX, y_desc.layout)
+            )
+            yi += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def conv2d_kernel(
+    x_desc, halo_desc, w_desc, y_desc, r_desc, bias, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+    ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, POOL: gl.constexpr,
+    DEFER: gl.constexpr, PRODUCER_WARPS: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """Allocate the rings and start the three roles. Grid: one program per entry of ``program_ptr``; num_warps=4.
+
+    ``x_desc``, ``halo_desc``: input as [H, W, N, C], boxes [1, TILE_W or halo, TILE_N, TILE_K]. ``w_desc``: kept blocks
+    as [n_blocks * taps * BLOCK_OUT, BLOCK_IN], box [64, TILE_K]. ``y_desc``, ``r_desc``: output and residual as
+    [H, W, N, C_OUT], boxes [rows, TILE_W, TILE_N, 64].
+    """
+    DTYPE: gl.constexpr = x_desc.dtype
+    BITS: gl.constexpr = T.item_size * 8
+    K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, BITS, rank=2)
+    Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, BITS, rank=2)
+    X_STAGES: gl.constexpr = T.x_stages
+    W_STAGES: gl.constexpr = T.w_stages
+    x_buffer = gl.allocate_shared_memory(DTYPE, [T.x_stages * T.stage_groups, 8, T.tile_k], K_LAYOUT)
+    w_buffer = gl.allocate_shared_memory(DTYPE, [T.w_stages * T.w_taps, 64, T.tile_k], K_LAYOUT)
+    y_buffer = gl.allocate_shared_memory(DTYPE, [2 * T.y_stages, T.accumulator_pixels, 64], Y_LAYOUT)
+    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    r_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(X_STAGES):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=2)
+    for i in gl.static_range(W_STAGES):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(r_full.index(i), count=1)
+    fence_async_shared()
+    common = (indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out)
+    rings = (x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full)
+    flags = (ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, DEFER, T)
+    gl.warp_specialize(
+        [
+            (consumer, (y_desc, r_desc, bias, *common, *rings, 0, *flags)),
+            (consumer, (y_desc, r_desc, bias, *common, *rings, 1, *flags)),
+            (
+                producer,
+                (x_desc, halo_desc, w_desc, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x,
+                 x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T),
+            ),
+        ],
+        [4, PRODUCER_WARPS],
+        [232, 40],
+    )  # fmt: skip

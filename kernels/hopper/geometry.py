@@ -1,0 +1,220 @@
+"""Tile geometry of the Hopper convolution: which pixels, rows of shared memory and ring depths one program works on.
+
+A tile is TILE_H x TILE_W output pixels of TILE_N images, times 64 output channels. Its input, with the halo, lies in
+shared memory as groups of eight pixel rows of TILE_K channels, ordered so that every kernel tap is the same tile at
+another *whole-group* offset: a wgmma operand then needs nothing but another base address. Two orders give that:
+
+- ``images``: (y, x, image) with a multiple of 8 images innermost. One halo tile serves every tap: a step in x is
+  TILE_N / 8 groups.
+- ``copies``: (kernel column, y, x, image): one copy of the tile for every kernel column, each loaded with its own shift.
+  It reads the input KW times, but only TILE_W * TILE_N must be a multiple of 8: it serves batches under 8.
+
+Pure data; nothing here needs Triton. Sizes are in elements unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tetris.errors import ShapeError
+from tetris.layout import ceil_div
+
+WGMMA_ROWS = 64
+"""Output channels of one tile: the rows of a wgmma instruction."""
+GROUP = 8
+"""Pixels of a group: the rows of one shared-memory swizzle atom."""
+ACCUMULATOR_COLUMNS = 256
+"""Most pixels a consumer warpgroup accumulates: 64 x 256 fp32 are 128 registers a thread; 320 spill."""
+BARRIER_BYTES = 1024
+"""Room left for the mbarriers and for what warp specialization itself keeps in shared memory."""
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """Geometry of one launch. Hashable: it is a compile-time constant of the kernel.
+
+    Attributes:
+        block: sparsity block (BLOCK_OUT, BLOCK_IN); BLOCK_OUT is a multiple of 64.
+        kernel_size, padding, dilation: of the convolution, (height, width).
+        tile_n, tile_h, tile_w: images x rows x columns of output pixels; TILE_H may be any number, the others are
+            powers of two.
+        tile_k: input channels of a step; divides BLOCK_IN.
+        copies: the ``copies`` order instead of ``images``.
+        x_stages, w_stages, y_stages: ring depths of input tiles, weight groups and output rows (per consumer).
+        w_taps: kernel taps whose weights arrive together; divides KH * KW.
+        item_size: bytes of an element.
+    """
+
+    block: tuple[int, int]
+    kernel_size: tuple[int, int] = (3, 3)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    tile_n: int = 16
+    tile_h: int = 4
+    tile_w: int = 4
+    tile_k: int = 32
+    copies: bool = False
+    x_stages: int = 2
+    w_stages: int = 3
+    w_taps: int = 3
+    y_stages: int = 2
+    item_size: int = 2
+
+    @property
+    def block_in(self) -> int:
+        return self.block[1]
+
+    @property
+    def block_out(self) -> int:
+        return self.block[0]
+
+    @property
+    def halves(self) -> int:
+        """Tiles of 64 output channels in a block row."""
+        return self.block[0] // WGMMA_ROWS
+
+    @property
+    def k_steps(self) -> int:
+        """Steps of TILE_K channels in a block."""
+        return self.block[1] // self.tile_k
+
+    @property
+    def kernel_width(self) -> int:
+        return self.kernel_size[1]
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def padding_h(self) -> int:
+        return self.padding[0]
+
+    @property
+    def padding_w(self) -> int:
+        return self.padding[1]
+
+    @property
+    def dilation_h(self) -> int:
+        return self.dilation[0]
+
+    @property
+    def dilation_w(self) -> int:
+        return self.dilation[1]
+
+    @property
+    def halo_columns(self) -> int:
+        """Extra columns to the right of the tile's (``images`` order)."""
+        return 0 if self.copies else (self.kernel_size[1] - 1) * self.dilation[1]
+
+    @property
+    def halo_box(self) -> int:
+        """Columns of one halo copy: the largest power of two that divides them (TMA boxes are powers of two)."""
+        return self.halo_columns & -self.halo_columns if self.halo_columns else 1
+
+    @property
+    def halo_boxes(self) -> int:
+        return self.halo_columns // self.halo_box
+
+    @property
+    def input_rows(self) -> int:
+        """Input rows of a tile, halo included."""
+        return self.tile_h + (self.kernel_size[0] - 1) * self.dilation[0]
+
+    @property
+    def row_pixels(self) -> int:
+        """Output pixels of one tile row: contiguous in shared memory in both orders."""
+        return self.tile_w * self.tile_n
+
+    @property
+    def row_groups(self) -> int:
+        """Groups from one row to the next."""
+        return (self.tile_w + self.halo_columns) * self.tile_n // GROUP
+
+    @property
+    def column_groups(self) -> int:
+        """Groups from one kernel column to the next."""
+        return self.input_rows * self.row_groups if self.copies else self.dilation[1] * self.tile_n // GROUP
+
+    @property
+    def stage_groups(self) -> int:
+        """Groups of one input stage."""
+        return self.input_rows * self.row_groups * (self.kernel_size[1] if self.copies else 1)
+
+    @property
+    def x_step_bytes(self) -> int:
+        """Bytes of one input stage."""
+        return self.stage_groups * GROUP * self.tile_k * self.item_size
+
+    @property
+    def w_step_bytes(self) -> int:
+        """Bytes of one weight stage."""
+        return self.w_taps * WGMMA_ROWS * self.tile_k * self.item_size
+
+    @property
+    def rows_per_accumulator(self) -> int:
+        """Tile rows that one wgmma spans: in the ``copies`` order rows follow each other without a gap."""
+        if not self.copies:
+            return 1
+        rows = ceil_div(self.tile_h, 2)
+        return min(rows & -rows, max(1, ACCUMULATOR_COLUMNS // self.row_pixels))
+
+    @property
+    def accumulator_pixels(self) -> int:
+        """N of a wgmma."""
+        return self.rows_per_accumulator * self.row_pixels
+
+    @property
+    def consumer_rows(self) -> tuple[int, int]:
+        """Tile rows of the two consumer warpgroups. They share the tensor cores, so uneven shares cost nothing."""
+        if self.rows_per_accumulator > 1:
+            return self.tile_h // 2, self.tile_h // 2
+        return ceil_div(self.tile_h, 2), self.tile_h // 2
+
+    @property
+    def y_row_bytes(self) -> int:
+        return self.accumulator_pixels * WGMMA_ROWS * self.item_size
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program."""
+        rings = self.x_stages * self.x_step_bytes + self.w_stages * self.w_step_bytes
+        return rings + 2 * self.y_stages * self.y_row_bytes + BARRIER_BYTES
+
+    def problem(self) -> str | None:
+        """Why no kernel can have this geometry; None = it can."""
+        if self.block_out % WGMMA_ROWS:
+            return f"the block's {self.block_out} output channels are no multiple of {WGMMA_ROWS}"
+        if self.tile_k not in (8, 16, 32, 64) or not 32 <= self.tile_k * self.item_size <= 128:
+            return f"a step of {self.tile_k} channels is not 32, 64 or 128 bytes"
+        if self.block_in % self.tile_k:
+            return f"steps of {self.tile_k} channels do not divide the block's {self.block_in}"
+        if self.taps % self.w_taps:
+            return f"{self.w_taps} taps a weight stage do not divide {self.taps}"
+        if self.tile_n & (self.tile_n - 1) or self.tile_w & (self.tile_w - 1):
+            return f"{self.tile_n} images x {self.tile_w} columns: not powers of two"
+        if (self.row_pixels if self.copies else self.tile_n) % GROUP:
+            return f"{self.tile_n} images x {self.tile_w} columns do not fill groups of {GROUP} pixels"
+        if self.accumulator_pixels not in (16, 32, 64, 128, 256):
+            return f"wgmma takes no {self.accumulator_pixels} pixels"
+        if self.tile_h < 2 or self.consumer_rows[0] * self.row_pixels > ACCUMULATOR_COLUMNS:
+            return f"{self.tile_h} rows of {self.row_pixels} pixels do not fit two warpgroups' accumulators"
+        if max(self.tile_n, self.tile_w) > 256:
+            return "a TMA box holds at most 256 along a dimension"
+        return None
+
+    def checked(self) -> ConvTile:
+        """Itself; ShapeError when no kernel can have this geometry."""
+        if reason := self.problem():
+            raise ShapeError(f"hopper convolution: {reason}; choose another tile ({self})")
+        return self
+
+    def tiles(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tiles along (images, rows, columns) of an output of ``batch`` images of ``height`` x ``width``."""
+        return ceil_div(batch, self.tile_n), ceil_div(height, self.tile_h), ceil_div(width, self.tile_w)
+
+    def useful_fraction(self, batch: int, height: int, width: int) -> float:
+        """Output pixels over the pixels that the tiles compute."""
+        n, h, w = self.tiles(batch, height, width)
+        return batch * height * width / (n * self.tile_n * h * self.tile_h * w * self.tile_w)

@@ -1,0 +1,84 @@
+"""Channel permutation, y[..., j, ...] = x[..., permutation[j], ...], as a kernel of its own.
+
+The last resort: a permutation is free when it is folded into the neighbouring layers' weights. Where it cannot be,
+this runs at memory speed: rows of channels come in whole and in order, are shuffled on chip and leave in order.
+``index_select`` along the contiguous dimension, measured on an H200, takes 6.6 times the time of a copy.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tetris.kernels.configs import next_power_of_two
+from tetris.layout import ceil_div
+
+TILE_BYTES = 16384
+MAX_ROW_BYTES = 65536
+
+
+@triton.jit
+def permute_rows_kernel(
+    x_ptr, y_ptr, permutation_ptr, M, stride_xm, C: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr
+):
+    """Rows [M, C] whole: coalesced load, shuffle through shared memory, coalesced store. Grid: tiles of rows."""
+    offs_m = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    offs_c = tl.arange(0, TILE_C)
+    mask_c = offs_c < C
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    source = tl.load(permutation_ptr + offs_c, mask=mask_c, other=0).to(tl.int32)
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0)  # [TILE_M, TILE_C]
+    y = tl.gather(x, tl.broadcast_to(source[None, :], (TILE_M, TILE_C)), axis=1)
+    tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask)
+
+
+@triton.jit
+def gather_rows_kernel(
+    x_ptr, y_ptr, permutation_ptr, M, C, stride_xm, tiles_c, TILE_M: tl.constexpr, TILE_C: tl.constexpr
+):
+    """Rows too long to hold: scattered loads that mostly hit the cache. Grid: tiles of rows x tiles of channels."""
+    offs_m = (tl.program_id(0) // tiles_c).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    offs_c = (tl.program_id(0) % tiles_c) * TILE_C + tl.arange(0, TILE_C)
+    mask_c = offs_c < C
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    source = tl.load(permutation_ptr + offs_c, mask=mask_c, other=0)
+    y = tl.load(x_ptr + offs_m[:, None] * stride_xm + source[None, :], mask=mask, other=0.0)
+    tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask)
+
+
+def permute_channels(x: torch.Tensor, permutation: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """y[..., j, ...] = x[..., permutation[j], ...] along ``dim``.
+
+    Args:
+        x: any shape whose dimension ``dim`` is the contiguous one: [..., K] with dim=-1, or a channels_last image
+            [N, C, H, W] with dim=1. Otherwise ``dim`` indexes contiguous slices and torch's ``index_select`` is
+            already bound by memory: it is used.
+        permutation: int [C], sources.
+    Returns:
+        A new tensor with x's shape, dtype and memory format.
+    Cost:
+        x read once, y written once.
+    """
+    dim %= x.dim()
+    moved = x.movedim(dim, -1)
+    if not moved.is_contiguous():
+        return x.index_select(dim, permutation)
+    channels = moved.shape[-1]
+    rows = moved.reshape(-1, channels)
+    y = torch.empty_like(rows)
+    if y.numel():
+        item = x.element_size()
+        tile_c = next_power_of_two(channels)
+        if tile_c * item <= MAX_ROW_BYTES:
+            tile_m = max(1, TILE_BYTES // (tile_c * item))
+            permute_rows_kernel[(ceil_div(len(rows), tile_m),)](
+                rows, y, permutation, len(rows), rows.stride(0), channels, tile_m, tile_c
+            )
+        else:
+            tile_m, tile_c = 16, 512
+            tiles_c = ceil_div(channels, tile_c)
+            gather_rows_kernel[(ceil_div(len(rows), tile_m) * tiles_c,)](
+                rows, y, permutation, len(rows), channels, rows.stride(0), tiles_c, tile_m, tile_c
+            )
+    return y.view(moved.shape).movedim(-1, dim)
