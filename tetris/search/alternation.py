@@ -1,0 +1,92 @@
+"""The outer loop of Algorithm 1: E-step, an M-step along each dimension, until nothing changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tetris.search.partition import Partition
+from tetris.search.system import Key, System
+
+MStep = Callable[[torch.Tensor, Partition], int]
+"""Improves a partition for given values [n, R] in place; returns how many swaps (or moves) that took, 0 = no change."""
+
+Progress = Callable[[int, float], None]
+"""Called after every outer step with the number of steps done and the retained fraction so far."""
+
+
+@dataclass
+class Budget:
+    """A wall-clock limit. ``None`` never runs out."""
+
+    seconds: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def spent(self) -> bool:
+        return self.seconds is not None and self.elapsed >= self.seconds
+
+
+def alternate(
+    system: System,
+    keys: Sequence[Key],
+    m_step: MStep,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Alternate E- and M-steps until no M-step changes anything or the kept importance stops rising.
+
+    Args:
+        system: its partitions change in place.
+        keys: the reorderable dimensions (Omega), in the order of their M-steps.
+        m_step: improves one partition for given values.
+    Returns:
+        the number of swaps of all M-steps.
+    """
+    budget = budget or Budget()
+    swaps, step, best = 0, 0, -1.0
+    while True:
+        masks, kept = system.expectation()
+        if progress is not None:
+            progress(step, system.retained(kept))
+        if kept <= best or budget.spent:
+            return swaps
+        best, step, before = kept, step + 1, swaps
+        for key in keys:
+            swaps += improve(system, key, masks, m_step)
+            if budget.spent:
+                return swaps
+        if swaps == before:
+            return swaps
+
+
+def improve(system: System, key: Key, masks: list[torch.Tensor], m_step: MStep) -> int:
+    """One M-step (eq. 8) along ``key``; returns the number of swaps.
+
+    Where a matrix has the same key on both sides its values are a linearisation: a step that lowers the kept importance
+    is taken back.
+    """
+    partition = system.partitions[key]
+    if not system.shares_itself(key):
+        swaps = m_step(system.values(key, masks), partition)
+    else:
+        before, previous = _kept_under(system, masks), partition.order.clone()
+        swaps = m_step(system.values(key, masks), partition)
+        system.changed(key)
+        if _kept_under(system, masks) <= before:
+            partition.order.copy_(previous)
+            swaps = 0
+    if swaps:
+        system.changed(key)
+    return swaps
+
+
+def _kept_under(system: System, masks: list[torch.Tensor]) -> float:
+    return sum(float((system.block_sums(i) * mask).sum(dtype=torch.float64)) for i, mask in enumerate(masks))

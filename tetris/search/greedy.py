@@ -1,0 +1,51 @@
+"""Algorithm 1's M-step on groups: the same swaps in the same order as on slices, a block edge times cheaper.
+
+The best swap between groups g and h is the best leaver of g towards h plus the best leaver of h towards g, because the
+gain of a swap (eq. 10) separates: G_ij = (S_ii - S_ij) + (S_jj - S_ji), and columns of S inside a group are equal.
+Ties go to the smallest position i, then the smallest j, as in :mod:`tetris.algorithm1`. The sequences are identical
+whenever sums are exact; with rounded sums two gains closer than the rounding may change places.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tetris.search.partition import Partition
+
+UNLIMITED = 2**62
+
+
+def smallest_gain(values: torch.Tensor) -> float:
+    """The paper's epsilon: gains below the rounding of the largest value are noise. In units of importance."""
+    if values.numel() == 0:
+        return 0.0
+    return 8 * torch.finfo(values.dtype).eps * float(values.max())
+
+
+def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | None = None) -> int:
+    """Swap the pair of the largest gain until no gain exceeds epsilon; ``partition.order`` changes in place.
+
+    Args:
+        values: [n, R] importance that each slice keeps in each group.
+        partition: the slices' current positions.
+        trace: int64 [any, 2] on the CPU; receives the positions (i, j) of the first swaps.
+    Returns:
+        the number of swaps.
+    Cost:
+        O(n R) once and O(R) a swap, apart from rescans.
+    """
+    if values.is_cuda:
+        raise NotImplementedError
+    from tetris.search import numba_kernels
+
+    record = torch.empty((0, 2), dtype=torch.int64) if trace is None else trace
+    return int(
+        numba_kernels.greedy_swaps(
+            values.contiguous().numpy(),
+            partition.order.numpy(),
+            partition.offsets.numpy(),
+            values.new_tensor(smallest_gain(values)).item(),
+            record.numpy(),
+            UNLIMITED,
+        )
+    )

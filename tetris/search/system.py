@@ -1,0 +1,161 @@
+"""What a search works on: blocked matrices whose dimensions are ordered by shared partitions.
+
+One weight is a system of one problem with two keys. Several weights that share channels (a producer's outputs and its
+consumers' inputs) name the same key: their M-step values add (eq. 9 is a sum), and one permutation serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from tetris.layout import ceil_div
+from tetris.permutation import expand, identity
+from tetris.pruning import keep_largest
+from tetris.search.partition import Partition
+from tetris.search.sums import group_sums, product
+
+Key = Hashable
+
+
+@dataclass(frozen=True, eq=False)
+class BlockProblem:
+    """A matrix of importances to be covered by the best ``n_keep`` blocks.
+
+    Attributes:
+        matrix: [rows, columns], kernel taps summed, float32 or float64, contiguous, on any device. Only read.
+        block: (out, in) edges.
+        n_keep: blocks that stay.
+        keys: the partition that orders the rows and the columns; None = that dimension keeps its order.
+        repeats: consecutive features that move together along each dimension (a flattened convolution's pixels).
+    """
+
+    matrix: torch.Tensor
+    block: tuple[int, int]
+    n_keep: int
+    keys: tuple[Key | None, Key | None] = (0, 1)
+    repeats: tuple[int, int] = (1, 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return ceil_div(self.matrix.shape[0], self.block[0]), ceil_div(self.matrix.shape[1], self.block[1])
+
+    def blocks_of_unit(self, dim: int) -> torch.Tensor:
+        """int64 [units, repeats]: the block of every feature of the unit at every position."""
+        features = torch.arange(self.matrix.shape[dim], device=self.matrix.device)
+        return (features // self.block[dim]).view(-1, self.repeats[dim])
+
+
+class System:
+    """Problems and the partitions that order them. Group sums are cached until a partition they depend on changes."""
+
+    def __init__(self, problems: list[BlockProblem], orders: dict[Key, torch.Tensor] | None = None) -> None:
+        """``orders``: starting permutations by key, the identity for the others."""
+        self.problems = problems
+        self.partitions: dict[Key, Partition] = {}
+        self._versions: dict[Key | None, int] = {None: 0}
+        self._sums: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        for key in dict.fromkeys(key for problem in problems for key in problem.keys if key is not None):
+            self.partitions[key] = self._partition(key, (orders or {}).get(key))
+            self._versions[key] = 0
+        self.total = sum(float(problem.matrix.sum(dtype=torch.float64)) for problem in problems)
+
+    def uses(self, key: Key) -> list[tuple[int, int]]:
+        """(problem index, dim) of every dimension that ``key`` orders."""
+        return [(i, dim) for i, problem in enumerate(self.problems) for dim in (0, 1) if problem.keys[dim] == key]
+
+    def _partition(self, key: Key, order: torch.Tensor | None) -> Partition:
+        """Groups = runs of positions that no problem can tell apart: the common refinement of all block grids."""
+        blocks = torch.cat([self.problems[i].blocks_of_unit(dim) for i, dim in self.uses(key)], dim=1)
+        starts = torch.ones(len(blocks), dtype=torch.bool, device=blocks.device)
+        starts[1:] = (blocks[1:] != blocks[:-1]).any(1)
+        offsets = torch.cat([starts.nonzero()[:, 0], starts.new_tensor([len(blocks)], dtype=torch.int64)])
+        order = identity(len(blocks)) if order is None else order
+        return Partition(order.to(blocks.device, copy=True), offsets)
+
+    def changed(self, key: Key) -> None:
+        """Tell the system that the partition of ``key`` changed."""
+        self._versions[key] += 1
+
+    def labels(self, index: int, dim: int) -> torch.Tensor:
+        """int64 [features]: the block row (``dim=0``) or column of every feature, in the original order."""
+        problem = self.problems[index]
+        positions = problem.blocks_of_unit(dim).flatten()
+        key = problem.keys[dim]
+        if key is None:
+            return positions
+        labels = torch.empty_like(positions)
+        labels[expand(self.partitions[key].order, problem.repeats[dim])] = positions
+        return labels
+
+    def _is_fresh(self, index: int, dim: int) -> bool:
+        cached = self._sums.get((index, dim))
+        return cached is not None and cached[0] == self._versions[self.problems[index].keys[1 - dim]]
+
+    def sums(self, index: int, dim: int) -> torch.Tensor:
+        """[features of ``dim``, blocks of the other dimension]: the other dimension's blocks summed."""
+        problem = self.problems[index]
+        if not self._is_fresh(index, dim):
+            sums = group_sums(problem.matrix, self.labels(index, 1 - dim), problem.grid[1 - dim], 1 - dim)
+            self._sums[index, dim] = (self._versions[problem.keys[1 - dim]], sums if dim == 0 else sums.T)
+        return self._sums[index, dim][1]
+
+    def block_sums(self, index: int) -> torch.Tensor:
+        """[block rows, block columns] of a problem under the current partitions."""
+        problem = self.problems[index]
+        dim = 1 if self._is_fresh(index, 1) and not self._is_fresh(index, 0) else 0
+        sums = self.sums(index, dim)
+        blocks = sums.new_zeros(problem.grid[dim], sums.shape[1]).index_add_(0, self.labels(index, dim), sums)
+        return blocks if dim == 0 else blocks.T
+
+    def expectation(self) -> tuple[list[torch.Tensor], float]:
+        """E-step (eq. 6): the heaviest blocks of every problem, ties to the lowest index, and what they keep in all."""
+        masks, kept = [], 0.0
+        for index, problem in enumerate(self.problems):
+            sums = self.block_sums(index)
+            masks.append(keep_largest(sums, problem.n_keep))
+            kept += float(sums[masks[-1]].sum(dtype=torch.float64))
+        return masks, kept
+
+    def retained(self, kept: float) -> float:
+        """Kept importance as a fraction of the total; 1.0 when everything is zero."""
+        return kept / self.total if self.total > 0 else 1.0
+
+    def values(self, key: Key, masks: list[torch.Tensor]) -> torch.Tensor:
+        """[units, groups]: importance that every slice of ``key`` keeps in every group, under soft or hard masks.
+
+        The compressed form of eq. 9; the values of all problems that share the key add.
+        """
+        starts = self.partitions[key].offsets[:-1]
+        total: torch.Tensor | None = None
+        for index, dim in self.uses(key):
+            problem, sums = self.problems[index], self.sums(index, dim)
+            mask = masks[index].to(sums.dtype)
+            kept = product(sums, mask.T if dim == 0 else mask)
+            blocks = problem.blocks_of_unit(dim)[starts]
+            if problem.repeats[dim] == 1 and len(starts) == kept.shape[1]:
+                value = kept
+            else:
+                features = kept.view(-1, problem.repeats[dim], kept.shape[1])
+                value = features[:, 0, blocks[:, 0]]
+                for k in range(1, problem.repeats[dim]):
+                    value = value + features[:, k, blocks[:, k]]
+            total = value if total is None else total + value
+        assert total is not None
+        return total.contiguous()
+
+    def shares_itself(self, key: Key) -> bool:
+        """Whether a problem has ``key`` on both dimensions: its M-step is then only a linearisation."""
+        return any(problem.keys[0] == problem.keys[1] == key for problem in self.problems)
+
+    def snapshot(self) -> dict[Key, torch.Tensor]:
+        """A copy of every order."""
+        return {key: partition.order.clone() for key, partition in self.partitions.items()}
+
+    def restore(self, orders: dict[Key, torch.Tensor]) -> None:
+        """Go back to a snapshot."""
+        for key, order in orders.items():
+            self.partitions[key].order.copy_(order)
+            self.changed(key)
