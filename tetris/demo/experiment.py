@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -47,10 +47,19 @@ class Settings:
     sparsities: tuple[float, ...] = (0.5, 0.73, 0.9, 0.95)
     methods: tuple[str, ...] = ("none", "sort", "paper")
     seed: int = 0
-    training: Schedule = field(default_factory=lambda: Schedule(epochs=12, learning_rate=0.05))
-    fine_tuning: Schedule = field(default_factory=lambda: Schedule(epochs=2, learning_rate=0.02))
+    training: Schedule = field(default_factory=lambda: Schedule(epochs=8, learning_rate=0.02, batch_size=16))
+    fine_tuning: Schedule = field(default_factory=lambda: Schedule(epochs=2, learning_rate=0.01, batch_size=32))
     timed_batch: int = 256
     timed_repeats: int = 15
+
+    @staticmethod
+    def for_dataset(dataset: str, seed: int = 0, quick: bool = False) -> Settings:
+        """The settings that suit a data set: MNIST is 45 times larger than the digits and needs fewer passes."""
+        settings = Settings(seed=seed)
+        if dataset == "mnist":
+            training = Schedule(epochs=5, learning_rate=0.05, batch_size=64)
+            settings = replace(settings, training=training, fine_tuning=replace(training, epochs=1, learning_rate=0.02))
+        return replace(settings, blocks=(16,), sparsities=(0.73, 0.9)) if quick else settings
 
     def variants(self) -> list[Variant]:
         """The grid; element-wise pruning once per sparsity."""
