@@ -280,8 +280,8 @@ class _Grouping:
         if not is_method and target in POOLING_FUNCTIONS and x is not None and x.dim == 1:
             return x
         if target in ("flatten", torch.flatten):
-            start, end = ([*node.args[1:], 0, -1][i] for i in (0, 1)) if len(node.args) > 1 else (0, -1)
-            return self.flatten(node, x, node.kwargs.get("start_dim", start), node.kwargs.get("end_dim", end))
+            given = dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
+            return self.flatten(node, x, given.get("start_dim", 0), given.get("end_dim", -1))
         if target in ("view", "reshape", torch.reshape):
             return self.reshape(node, x)
         if target in ("mean", torch.mean) and x is not None and x.repeats == 1 and x.dim == 1:

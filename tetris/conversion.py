@@ -1,0 +1,229 @@
+"""``tetris.convert``: a pruned model -> the same function with block-sparse layers, permutations folded away.
+
+The model is traced, every channel group gets a storage order (``tetris.orders``), parameters follow it, batch norms,
+activations and residual adds are fused (``tetris.fusion``), and pruned layers become block-sparse layers. What cannot be
+traced keeps its own code; its layers then permute their inputs and outputs themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+
+from tetris.errors import TetrisError, UnsupportedError
+from tetris.fusion import fold_batch_norms, fuse_epilogues
+from tetris.graph import ExampleInputs, ModelGraph, channel_groups
+from tetris.layers import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from tetris.masking import bake_masks, reorderings
+from tetris.orders import input_gather, output_scatter, storage_orders
+from tetris.permutation import expand, is_identity
+from tetris.plans import ModelPlan
+from tetris.reordering import Reordering
+from tetris.specs import match, prunable_layers
+
+
+@dataclass
+class ConvertedLayer:
+    """What became of one Conv2d or Linear layer.
+
+    Attributes:
+        name: qualified name.
+        kind: "block-sparse" or "dense".
+        block, kept_fraction: of a block-sparse layer; None and 1.0 for a dense one.
+        permutes: "", "input", "output" or "input, output": data movements left at run time.
+        fused: what the epilogue does besides the bias.
+        batch_norm: name of the batch norm folded into it.
+        input_order, output_order: storage orders of its input and output channels; None = original.
+        reason: why it is dense.
+    """
+
+    name: str
+    kind: str
+    block: tuple[int, int] | None = None
+    kept_fraction: float = 1.0
+    permutes: str = ""
+    fused: list[str] = field(default_factory=list)
+    batch_norm: str | None = None
+    input_order: torch.Tensor | None = None
+    output_order: torch.Tensor | None = None
+    reason: str = ""
+
+
+@dataclass
+class Conversion:
+    """The record of a conversion, at ``fast.conversion``; ``print`` it for a table."""
+
+    layers: dict[str, ConvertedLayer]
+    traced: bool
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                f"{layer.block[0]}x{layer.block[1]}" if layer.block else "",
+                f"{layer.kept_fraction:.3f}",
+                layer.permutes or "nothing",
+                ", ".join((["batch norm"] if layer.batch_norm else []) + layer.fused),
+                layer.reason,
+            )
+            for layer in self.layers.values()
+        ]
+        head = ("layer", "runs", "block", "kept", "permutes at run time", "fused", "note")
+        return tabulate(rows, headers=head, disable_numparse=True)
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    dense: Sequence[str] = (),
+    plan: ModelPlan | None = None,
+    fuse: bool = True,
+) -> nn.Module:
+    """Replace the pruned layers of ``model`` by block-sparse ones; the result computes the masked model's outputs.
+
+    >>> fast = tetris.convert(pruned, example_inputs=x)
+    >>> print(fast.conversion)
+
+    Args:
+        model: from :func:`tetris.prune`, possibly fine-tuned; not changed.
+        example_inputs: to trace the model with, on its device. Without them (or when tracing fails, with a warning)
+            every layer permutes its own inputs and outputs and nothing is fused.
+        dense: glob patterns of pruned layers to run dense, for example where measuring says that dense is faster.
+        plan: kernel configs by layer, from :func:`tetris.plan`; layers it calls dense run dense.
+        fuse: fold batch norms and fuse activations and residual adds (needs tracing).
+    Returns:
+        a model for inference (evaluation mode, no gradients), drop-in for the same inputs and outputs; its channel
+        order is the original at the network's inputs and outputs. ``fast.conversion`` says what became of each layer.
+    Raises:
+        TetrisError: nothing in the model is pruned by blocks.
+    """
+    found = {n: r for n, r in reorderings(model).items() if r.block_mask is not None}
+    if not found:
+        raise TetrisError(
+            "convert: wanted a model with layers pruned by blocks; got none; call tetris.prune(model, sparsity=...) first"
+        )
+    masked = set(reorderings(model))
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    chosen_dense = set(match(dict.fromkeys(dense, True), list(masked), "dense")) if dense else set()
+    chosen_dense |= {n for n in found if plan is not None and n in plan and plan[n].block is None}
+    sparse = {n: r for n, r in found.items() if n not in chosen_dense}
+    graph = None
+    if example_inputs is not None:
+        try:
+            graph = channel_groups(model, example_inputs)
+        except UnsupportedError as error:
+            warnings.warn(f"convert: {error}; every layer keeps its own permutations", stacklevel=2)
+    configs = {n: plan[n].config for n in sparse if plan is not None and n in plan}
+    bake_masks(model)
+    converted = _Converter(model, graph, sparse, configs, fuse).run()
+    for name in masked - set(sparse):
+        record = converted.conversion.layers[name]  # type: ignore[union-attr,operator]
+        record.reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
+    return converted.eval()
+
+
+class _Converter:
+    """One conversion: orders, folded norms, replaced layers, fused epilogues."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ModelGraph | None,
+        sparse: dict[str, Reordering],
+        configs: dict[str, str],
+        fuse: bool,
+    ) -> None:
+        self.graph, self.sparse, self.configs, self.fuse = graph, sparse, configs, fuse
+        self.target: nn.Module = graph.module if graph else model
+        self.layers = {n: ConvertedLayer(n, "dense") for n in prunable_layers(self.target)}
+
+    def run(self) -> nn.Module:
+        if self.graph is None:
+            for name, reordering in self.sparse.items():
+                self.replace(name, reordering, reordering.permutations.get(1), reordering.permutations.get(0))
+        else:
+            self.run_traced(self.graph)
+        if any(isinstance(m, nn.Conv2d | BlockSparseConv2d) for m in self.target.modules()):
+            self.target = self.target.to(memory_format=torch.channels_last)
+        self.target.conversion = Conversion(self.layers, self.graph is not None)  # type: ignore[assignment]
+        return self.target
+
+    def run_traced(self, graph: ModelGraph) -> None:
+        traced = graph.module
+        if self.fuse:
+            for name, norm in fold_batch_norms(traced).items():
+                if name in self.layers:
+                    self.layers[name].batch_norm = norm
+        orders = storage_orders(graph, self.sparse)
+        for group in graph.groups:
+            for member in group.members:
+                if member.role == "per_channel":
+                    _permute_parameters(traced.get_submodule(member.module), expand(orders[group.index], member.repeats))
+        for name in self.layers:
+            if name not in graph.inputs:
+                continue  # registered but never called
+            (group_in, repeats), (group_out, _) = graph.inputs[name], graph.outputs[name]
+            order_in, order_out = expand(orders[group_in], repeats), orders[group_out]
+            record = self.layers[name]
+            record.input_order = None if is_identity(order_in) else order_in
+            record.output_order = None if is_identity(order_out) else order_out
+            if name in self.sparse:
+                own = self.sparse[name].permutations
+                gather = input_gather(order_in, own.get(1, torch.arange(len(order_in))))
+                scatter = output_scatter(order_out, own.get(0, torch.arange(len(order_out))))
+                self.replace(name, self.sparse[name], gather, scatter)
+            else:
+                _permute_dense(traced.get_submodule(name), order_out, order_in)
+        if self.fuse:
+            for name, operations in fuse_epilogues(traced).items():
+                self.layers[name].fused = operations
+        _clean(traced)
+
+    def replace(
+        self, name: str, reordering: Reordering, gather: torch.Tensor | None, scatter: torch.Tensor | None
+    ) -> None:
+        module, record = self.target.get_submodule(name), self.layers[name]
+        kind: type[BlockSparseConv2d] | type[BlockSparseLinear]
+        kind = BlockSparseConv2d if isinstance(module, nn.Conv2d) else BlockSparseLinear
+        try:
+            layer: BlockSparseLayer = kind.from_dense(  # type: ignore[arg-type]
+                module, reordering, input_permutation=gather, output_permutation=scatter, config=self.configs.get(name, "")
+            )
+        except UnsupportedError as error:
+            raise UnsupportedError(f"convert: {name}: {error}; pass dense=[{name!r}]") from error
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.target.get_submodule(parent), leaf, layer)
+        moved = [w for w, p in (("input", layer.input_permutation), ("output", layer.output_permutation)) if p is not None]
+        record.kind, record.block, record.permutes = "block-sparse", layer.block, ", ".join(moved)
+        record.kept_fraction = layer.kept_fraction
+
+
+def _permute_parameters(module: nn.Module, order: torch.Tensor) -> None:
+    """Per-channel parameters and statistics (norms, depthwise convolutions) follow their group's order."""
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        if tensor.dim() >= 1 and tensor.shape[0] == len(order):
+            tensor.data = tensor.data[order.to(tensor.device)]
+
+
+def _permute_dense(module: nn.Module, order_out: torch.Tensor, order_in: torch.Tensor) -> None:
+    """A dense layer's weight in the storage orders of its output and input channels."""
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    weight = module.weight.data
+    module.weight.data = weight[order_out.to(weight.device)][:, order_in.to(weight.device)]
+    if module.bias is not None:
+        module.bias.data = module.bias.data[order_out.to(weight.device)]
+
+
+def _clean(traced: fx.GraphModule) -> None:
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.graph.lint()
+    traced.recompile()

@@ -1,0 +1,290 @@
+"""``tetris.prune``: a masked copy of a model, in the original channel order, ready to fine-tune.
+
+The mask is a parametrization of each pruned weight, so any optimizer trains the copy as it is: pruned elements stay zero,
+no reordering happens while training (the paper's un-permuted mask), and state dicts carry mask and permutations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tetris.errors import TetrisError, UnsupportedError, describe
+from tetris.graph import ExampleInputs, ModelGraph, channel_groups
+from tetris.importance import Importance, channel_importance, importance_of
+from tetris.layout import block_row_of, grid_shape
+from tetris.permutation import apply, expand, identity, inverse
+from tetris.plans import ModelPlan
+from tetris.pruning import PruningMethod, expand_block_mask
+from tetris.joint_reordering import JointProblem, JointReordering, reorder_jointly
+from tetris.reordering import Reordering, reorder
+from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
+
+PERMUTATIONS = ("auto", "shared", "separate")
+LayerProgress = Callable[[str, int, int], None]
+
+
+class MaskedWeight(nn.Module):
+    """The parametrization ``weight = mask * original``, with the reordering under which the mask is made of blocks."""
+
+    mask: torch.Tensor
+    row_permutation: torch.Tensor
+    column_permutation: torch.Tensor
+
+    def __init__(self, reordering: Reordering, structure: str) -> None:
+        super().__init__()
+        mask = reordering.keep_mask
+        if reordering.block_mask is not None:  # taps of one (out, in) pair share their fate: keep one
+            mask = mask[(slice(None), slice(None)) + (slice(0, 1),) * (mask.dim() - 2)].clone()
+        device, (rows, columns) = mask.device, reordering.shape[:2]
+        self.register_buffer("mask", mask)
+        permutations = reordering.permutations
+        self.register_buffer("row_permutation", permutations.get(0, identity(rows)).to(device))
+        self.register_buffer("column_permutation", permutations.get(1, identity(columns)).to(device))
+        self.block = reordering.block if reordering.block_mask is not None else None
+        self.sparsity, self.method, self.structure = reordering.sparsity, reordering.method, structure
+        self.retained = reordering.retained
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.mask, weight, 0)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("block", "sparsity", "method", "structure", "retained")}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "block": state["block"] and tuple(state["block"])})
+
+    def reordering(self, shape: tuple[int, ...]) -> Reordering:
+        """The reordering, its masks read back from the buffers (they may have been loaded from a state dict)."""
+        permutations = {0: self.row_permutation.cpu(), 1: self.column_permutation.cpu()}
+        block_mask = None
+        if self.block is not None:
+            ordered = apply(self.mask.flatten(2)[:, :, 0] if self.mask.dim() > 2 else self.mask, permutations).cpu()
+            rows, columns = grid_shape(shape[:2], self.block)
+            block_mask = torch.zeros(rows, columns, dtype=torch.bool)
+            out, inner = ordered.nonzero().unbind(1)
+            block_mask[block_row_of(shape[0], self.block[0])[out], block_row_of(shape[1], self.block[1])[inner]] = True
+        return Reordering(
+            shape=shape, block=self.block or (1, 1), sparsity=self.sparsity, method=self.method, permutations=permutations,
+            block_mask=block_mask, keep_mask=self.mask.expand(shape), retained=self.retained,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        block = f"{self.block[0]}x{self.block[1]}" if self.block else self.structure
+        return f"{block}, sparsity={self.sparsity:.3f}, retained={self.retained:.3f}, method={self.method}"
+
+
+def mask_of(module: nn.Module) -> MaskedWeight | None:
+    """The mask of a pruned layer; None for any other module."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return next((p for p in module.parametrizations["weight"] if isinstance(p, MaskedWeight)), None)  # type: ignore[index,union-attr]
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedWeight]:
+    """The masks of a pruned model by layer name."""
+    return {name: mask for name, m in model.named_modules() if (mask := mask_of(m)) is not None}
+
+
+def reorderings(model: nn.Module) -> dict[str, Reordering]:
+    """The reordering of every pruned layer by name: permutations, masks, retained importance."""
+    return {
+        name: mask.reordering(tuple(model.get_submodule(name).weight.shape))  # type: ignore[union-attr]
+        for name, mask in masked_layers(model).items()
+    }
+
+
+def bake_masks(model: nn.Module) -> nn.Module:
+    """Make the masked weights permanent, in place: plain layers whose pruned weights are zero. Returns the model."""
+    for name in masked_layers(model):
+        module = model.get_submodule(name)
+        if set(module.parametrizations) != {"weight"} or len(module.parametrizations["weight"]) != 1:  # type: ignore[arg-type,index]
+            raise UnsupportedError(
+                f"bake_masks: wanted {name} to have its mask as the only parametrization; it has others; remove them first"
+            )
+        # remove_parametrizations would edit the class, which copies of the model share.
+        weight, trainable = module.weight.detach(), module.parametrizations["weight"].original.requires_grad  # type: ignore[union-attr,operator,index]
+        del module.parametrizations
+        module.__class__ = type(module).__mro__[1]
+        module.weight = nn.Parameter(weight, requires_grad=bool(trainable))
+    return model
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One layer to prune: its importance (over channels for block structures), block and rate."""
+
+    name: str
+    weight: torch.Tensor
+    importance: Importance
+    block: tuple[int, int]
+    sparsity: float
+
+
+def prune(
+    model: nn.Module,
+    sparsity: SparsitySpec | None = None,
+    block: BlockSpec = "auto",
+    method: str = "annealed",
+    *,
+    importance: Importance | Mapping[str, Importance] = "l1",
+    structure: str | PruningMethod = "block",
+    permutations: str = "auto",
+    example_inputs: ExampleInputs | None = None,
+    plan: ModelPlan | None = None,
+    skip: Sequence[str] = (),
+    steps: int = 60,
+    seed: int = 0,
+    progress: LayerProgress | None = None,
+) -> nn.Module:
+    """A masked copy of ``model``: channels reordered in thought, blocks of small weights set to zero (eqs. 4 to 8).
+
+    >>> pruned = tetris.prune(model, sparsity=0.73, example_inputs=x)
+    >>> train(pruned)                                   # fine-tune as usual, the mask holds
+    >>> fast = tetris.convert(pruned, example_inputs=x)
+
+    Args:
+        model: trained; not changed. Its Conv2d (groups=1) and Linear layers can be pruned.
+        sparsity: fraction of blocks to prune: a float in [0, 1) for every layer with 16 channels or more, a dict by
+            layer name (globs; only named layers are pruned) or a list with one rate a prunable layer (0 = dense).
+        block: int, (out, in), dict by layer (globs) or "auto"; ignored by structures without blocks.
+        method: "none", "sort", "paper", "batched", "exact" or "annealed"; see :func:`tetris.reorder`.
+        importance: "l1", "l2", a tensor for a single-layer model, or a dict by layer name of these.
+        structure: "block" or another pruning method; see :mod:`tetris.pruning`.
+        permutations: "shared" searches one permutation for all layers that meet in a channel group (free at run time;
+            the model must be traceable), "separate" one for each weight (retains more, costs a data movement a
+            layer), "auto" shares where ``example_inputs`` are given and the model can be traced.
+        example_inputs: a tensor, tuple or dict to call the model with; needed to share permutations.
+        plan: decisions of :func:`tetris.plan` by layer; replaces ``sparsity`` and ``block``.
+        skip: glob patterns of layers to leave dense.
+        steps: annealing steps, 60 quick, 500 thorough.
+        seed: results are equal for equal seeds.
+        progress: called as ``progress(layer name, layers done, layers in all)``.
+    Returns:
+        a copy with masks as parametrizations; ``print`` a layer to see its mask.
+    Raises:
+        TetrisError, UnsupportedError: bad input, naming what was wanted.
+    Cost: one search a layer, see :func:`tetris.reorder`.
+    """
+    if permutations not in PERMUTATIONS:
+        raise TetrisError(f"prune: wanted permutations of {', '.join(PERMUTATIONS)}; got {describe(permutations)}")
+    if masked_layers(model):
+        raise TetrisError("prune: wanted a dense model; this one is pruned already; prune the original, or bake_masks it")
+    layers: dict[str, nn.Module] = dict(prunable_layers(model))
+    skipped = match(dict.fromkeys(skip, True), list(layers), "skip") if skip else {}
+    if plan is not None:
+        if sparsity is not None or block != "auto":
+            raise TetrisError("prune: wanted either a plan or sparsity and block; got both; edit the plan instead")
+        sparsity, block = plan.sparsities, plan.blocks
+    if sparsity is None:
+        raise TetrisError("prune: wanted a sparsity, for example sparsity=0.73, or a plan; got neither")
+    rates = resolve_sparsity(sparsity, layers, structure)
+    blocks = resolve_blocks(block, layers)
+    requests = [
+        _Request(name, layers[name].weight.detach(), _importance(importance, name, layers[name]), blocks[name], rate)  # type: ignore[union-attr,operator]
+        for name, rate in rates.items()
+        if name not in skipped
+    ]
+    for request in requests:
+        try:
+            importance_of(request.weight, request.importance)
+        except TetrisError as error:
+            raise type(error)(f"{request.name}: {error}") from error
+    graph = _sharing_graph(model, permutations, structure, method, example_inputs)
+    pruned = copy.deepcopy(model)
+    options = {"method": method, "seed": seed, "steps": steps}
+    found = (
+        _shared(requests, graph, options, progress) if graph else _separate(requests, structure, options, progress)
+    )
+    label = structure if isinstance(structure, str) else type(structure).__name__
+    for name, reordering in found.items():
+        parametrize.register_parametrization(
+            pruned.get_submodule(name), "weight", MaskedWeight(reordering, label), unsafe=True
+        )
+    return pruned
+
+
+def _importance(importance: Importance | Mapping[str, Importance], name: str, layer: nn.Module) -> Importance:
+    if isinstance(importance, Mapping):
+        return importance.get(name, "l1")
+    return importance
+
+
+def _sharing_graph(
+    model: nn.Module, permutations: str, structure: Any, method: str, example_inputs: ExampleInputs | None
+) -> ModelGraph | None:
+    """The channel groups along which permutations are shared; None = every layer for itself."""
+    if permutations == "separate" or structure != "block" or method == "none":
+        return None
+    if example_inputs is None:
+        if permutations == "shared":
+            raise TetrisError("prune: permutations='shared' wants example_inputs to trace the model with; got None")
+        return None
+    try:
+        return channel_groups(model, example_inputs)
+    except TetrisError:
+        if permutations == "shared":
+            raise
+        return None
+
+
+def _separate(
+    requests: list[_Request], structure: Any, options: dict[str, Any], progress: LayerProgress | None
+) -> dict[str, Reordering]:
+    found = {}
+    for i, r in enumerate(requests):
+        if progress:
+            progress(r.name, i, len(requests))
+        found[r.name] = reorder(r.weight, r.block, r.sparsity, importance=r.importance, structure=structure, **options)
+    if progress and requests:
+        progress(requests[-1].name, len(requests), len(requests))
+    return found
+
+
+def _shared(
+    requests: list[_Request], graph: ModelGraph, options: dict[str, Any], progress: LayerProgress | None
+) -> dict[str, Reordering]:
+    free = {group.index for group in graph.groups if group.fixed is None}
+
+    def group_of(slots: dict[str, tuple[int, int]], name: str) -> tuple[int | None, int]:
+        index, repeats = slots[name]
+        return (index if index in free else None), repeats
+
+    problems = []
+    for r in requests:
+        (row, row_repeats), (column, column_repeats) = group_of(graph.outputs, r.name), group_of(graph.inputs, r.name)
+        importance = channel_importance(importance_of(r.weight, r.importance))
+        importance = importance / importance.sum().clamp(min=torch.finfo(importance.dtype).tiny)  # layers weigh alike
+        problems.append(JointProblem(importance, r.block, r.sparsity, (row, column), (row_repeats, column_repeats)))
+    if progress and requests:
+        progress("all layers together", 0, len(requests))
+    joint = reorder_jointly(problems, **options)
+    if progress and requests:
+        progress("all layers together", len(requests), len(requests))
+    return {
+        r.name: _from_joint(r, problem, joint, i, options["method"])
+        for i, (r, problem) in enumerate(zip(requests, problems))
+    }
+
+
+def _from_joint(request: _Request, problem: JointProblem, joint: JointReordering, index: int, method: str) -> Reordering:
+    """The part of a joint answer that concerns one weight, as a reordering of its own."""
+    weight, layout = request.weight, joint.layouts[index]
+    permutations = {
+        dim: expand(joint.permutations[group], repeats) if group is not None else identity(weight.shape[dim])
+        for dim, (group, repeats) in enumerate(zip(problem.groups, problem.repeats))
+    }
+    block_mask = layout.to_mask()
+    ordered = expand_block_mask(block_mask, tuple(weight.shape[:2]), layout.block)
+    pairs = apply(ordered, {dim: inverse(p) for dim, p in permutations.items()}).to(weight.device)
+    return Reordering(
+        shape=tuple(weight.shape), block=layout.block, sparsity=request.sparsity, method=method, permutations=permutations,
+        block_mask=block_mask, keep_mask=pairs.reshape(*pairs.shape, *(1 for _ in weight.shape[2:])).expand(weight.shape),
+        retained=joint.retained[index], n_swaps=joint.n_swaps, seconds=joint.seconds,
+    )  # fmt: skip
