@@ -1,0 +1,149 @@
+"""``python -m tetris.bench.readme``: fill the README's tables from the committed CSV files, so that no number is typed.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``; TABLES says which CSV and columns make it.
+``--check`` changes nothing and fails where the README differs from what the CSV files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tetris.bench.rows import Row, read_csv
+from tetris.errors import FileFormatError
+from tetris.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+Format = Callable[[Any], str]
+
+
+def percent(value: Any) -> str:
+    """0.734 -> "73.4 %"."""
+    return _number(value, lambda v: f"{100 * v:.1f} %")
+
+
+def percent_0(value: Any) -> str:
+    """0.734 -> "73 %"."""
+    return _number(value, lambda v: f"{100 * v:.0f} %")
+
+
+def times(value: Any) -> str:
+    """1.234 -> "1.23x"; what was not measured is a dash."""
+    return _number(value, lambda v: f"{v:.2f}x")
+
+
+def microseconds(value: Any) -> str:
+    """1234.5 -> "1234"; small ones keep a digit."""
+    return _number(value, lambda v: f"{v:.0f}" if v >= 100 else f"{v:.1f}")
+
+
+def _number(value: Any, show: Callable[[float], str]) -> str:
+    if not isinstance(value, (int, float)) or math.isnan(value):
+        return "-"
+    return show(value)
+
+
+@dataclass(frozen=True)
+class ReadmeTable:
+    """One table of the README.
+
+    Attributes:
+        csv: file of bench rows, relative to ``bench/results``.
+        columns: (heading, column of the row, format), left to right.
+        keep: which rows are shown.
+    """
+
+    csv: str
+    columns: tuple[tuple[str, str, Format], ...]
+    keep: Callable[[Row], bool] = lambda row: True
+
+
+METHODS = {"element": "element-wise", "none": "blocks", "sort": "blocks, sorted", "paper": "blocks, TETRIS"}
+
+
+def method(value: Any) -> str:
+    """The README's name of a method."""
+    return METHODS.get(value, f"blocks, {value}")
+
+
+def block(value: Any) -> str:
+    """32 -> "32x32"."""
+    return f"{value}x{value}"
+
+
+TABLES: dict[str, ReadmeTable] = {
+    "demo": ReadmeTable(
+        csv="cpu/demo/demo.csv",
+        columns=(
+            ("pruned", "sparsity", percent_0),
+            ("block", "block", block),
+            ("method", "provider", method),
+            ("importance kept", "retained", percent),
+            ("accuracy, pruned", "accuracy_before", percent),
+            ("fine-tuned", "accuracy_after", percent),
+            ("speedup", "speedup", times),
+            ("ideal", "ideal", times),
+        ),
+        keep=lambda row: row.extra["sparsity"] in (0.73, 0.9) and row.extra["block"] in (1, 32),
+    ),
+}
+
+
+def markdown(table: ReadmeTable, rows: Sequence[Row]) -> str:
+    """The kept rows as a Markdown table."""
+    from tabulate import tabulate
+
+    lines = []
+    for row in filter(table.keep, rows):
+        columns = {**row.extra, **{name: getattr(row, name) for name in ("case", "provider", "median_us", "speedup")}}
+        columns |= {name: getattr(row, name) for name in ("p10_us", "p90_us", "roofline_fraction", "error", "status")}
+        lines.append([show(columns.get(name, math.nan)) for _, name, show in table.columns])
+    heads = [head for head, _, _ in table.columns]
+    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+
+
+def fill(text: str, tables: dict[str, ReadmeTable], results: Path) -> str:
+    """``text`` with every marked table written anew.
+
+    Raises:
+        FileFormatError: a marker without a table of that name or without its end, or a CSV that is missing.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in tables:
+            raise FileFormatError(f"readme: no table is called {name!r}; there are {', '.join(tables)}")
+        body = markdown(tables[name], read_csv(results / tables[name].csv))
+        return f"<!-- table {name} -->\n{body}\n<!-- end {name} -->"
+
+    filled = re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end \1 -->", replaced, text, flags=re.DOTALL)
+    begun, ended = (len(re.findall(rf"<!-- {word} [\w-]+ -->", filled)) for word in ("table", "end"))
+    if begun != ended:
+        raise FileFormatError(f"readme: {begun} tables begin and {ended} end; look for a lost marker")
+    return filled
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fill or check; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tetris.bench.readme", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args(arguments)
+    text = args.readme.read_text(encoding="utf-8")
+    filled = fill(text, TABLES, RESULTS)
+    if args.check:
+        return int(filled != text)
+    write_text(args.readme, filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
