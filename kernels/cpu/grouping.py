@@ -22,17 +22,14 @@ class RowGroup:
     Attributes:
         outputs: int64 [group outputs]; the reordered output channels it computes, ascending.
         inputs: int64 [group inputs]; the channels of x it reads.
+        input_slice: the inputs as a slice where they are consecutive: no gather is needed then.
         weight: [group outputs, group inputs, ...], dense; blocks that a member row does not keep are zero.
     """
 
     outputs: torch.Tensor
     inputs: torch.Tensor
+    input_slice: slice | None
     weight: torch.Tensor
-
-    @property
-    def input_slice(self) -> slice | None:
-        """The inputs as a slice where they are consecutive: no gather is needed then."""
-        return as_slice(self.inputs)
 
 
 def as_slice(indices: torch.Tensor) -> slice | None:
@@ -101,7 +98,7 @@ def dense_groups(
         sources = kept if input_permutation is None else input_permutation.cpu()[kept]
         order = sources.argsort()
         weight = dense[outputs][:, kept[order]].contiguous()
-        result.append(RowGroup(outputs, sources[order], weight))
+        result.append(RowGroup(outputs, sources[order], as_slice(sources[order]), weight))
     return result
 
 
