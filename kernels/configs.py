@@ -129,9 +129,13 @@ class Conv2dConfig(KernelConfig):
         tile_k: input channels a step multiplies; 0 = the block's. A divisor splits blocks, a multiple (pointer path
             only) joins several kept (block, tap) pairs into one step.
         descriptors: load tiles by tensor descriptor (TMA) instead of pointers, where the operands allow it.
-        group_rows: block rows that run side by side on one pixel tile before the next tile; 0 = all.
+        group_rows: output tiles that run side by side on one pixel tile before the next tile; 0 = all.
+        permute_first: with an input permutation, permute x once by a kernel of its own instead of gathering it on
+            every load: more memory, far less address arithmetic.
         num_warps, num_stages: Triton's. Index loads share the stages: ask for 5-7 to get 3-4 tile buffers.
         x_stages, w_stages: "hopper" only: depth of the input-tile and weight rings; 0 = chosen by the kernel.
+        w_taps: "hopper" only: kernel taps whose weights are loaded together; 0 = chosen by the kernel.
+        input_order: "hopper" only: order of the input tile in shared memory, "images" or "copies".
         schedule: "hopper" only: "balanced" (offline, longest block rows first) or "static".
     """
 
@@ -143,10 +147,13 @@ class Conv2dConfig(KernelConfig):
     tile_k: int = 0
     descriptors: bool = True
     group_rows: int = 0
+    permute_first: bool = True
     num_warps: int = 4
     num_stages: int = 5
     x_stages: int = 0
     w_stages: int = 0
+    w_taps: int = 0
+    input_order: str = "images"
     schedule: str = "balanced"
 
     @property
@@ -164,6 +171,7 @@ class LinearConfig(KernelConfig):
     tile_k: int = 0
     descriptors: bool = True
     group_rows: int = 0
+    permute_first: bool = True
     num_warps: int = 4
     num_stages: int = 5
     x_stages: int = 0
@@ -219,9 +227,9 @@ def pixel_tile(batch: int, height: int, width: int, pixels: int) -> tuple[int, i
     return min(boxes, key=waste)
 
 
-def _stages(wanted: int, x_bytes: int, w_bytes: int, device: DeviceInfo) -> int:
-    """``wanted`` pipeline stages, or as many as shared memory holds."""
-    return max(2, min(wanted, (device.shared_bytes - 2048) // (x_bytes + w_bytes)))
+def _stages(wanted: int, step_bytes: int, device: DeviceInfo) -> int:
+    """``wanted`` pipeline stages, or as many as shared memory holds; a tile buffer takes two (the index comes first)."""
+    return max(2, min(wanted, 2 * ((device.shared_bytes - 4096) // step_bytes) - 1))
 
 
 def _largest_tile(candidates: tuple[int, ...], programs: dict[int, int], sm_count: int) -> int:
@@ -248,7 +256,7 @@ def default_conv2d_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dC
         tile_k=tile_k,
         descriptors=device.has_descriptors,
         num_warps=8 if out * tile > 64 * 256 else 4,
-        num_stages=_stages(6, tile * tile_k * item, out * tile_k * item, device),
+        num_stages=_stages(7, (tile + out) * tile_k * item, device),
     )
 
 
@@ -267,5 +275,5 @@ def default_linear_config(problem: LinearProblem, device: DeviceInfo) -> LinearC
         tile_k=tile_k,
         descriptors=device.has_descriptors,
         num_warps=8 if out * tile > 64 * 256 else 4,
-        num_stages=_stages(6, tile * tile_k * item, out * tile_k * item, device),
+        num_stages=_stages(7, (tile + out) * tile_k * item, device),
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 from tetris.kernels.configs import LinearConfig, is_power_of_two_tile, next_power_of_two
 from tetris.kernels.descriptors import describable, describe
 from tetris.kernels.epilogue import activate, add_bias, program_tile, store_rows
+from tetris.kernels.permute import permute_channels
 from tetris.layout import ceil_div
 
 
@@ -106,6 +107,7 @@ def linear_pointer_kernel(
     its own block, so that small blocks fill the matrix instruction. Grid: output tiles x tiles of TILE_M tokens.
     """
     SPLIT_OUT: tl.constexpr = (BLOCK_OUT + TILE_OUT - 1) // TILE_OUT
+    SPLIT_K: tl.constexpr = BLOCK_IN // TILE_K
     out_tile, tile = program_tile(tl.program_id(0), n_out_tiles, n_tiles, GROUP)
     row = out_tile // SPLIT_OUT
     row_o = (out_tile % SPLIT_OUT) * TILE_OUT + tl.arange(0, TILE_OUT)  # within the block row
@@ -116,30 +118,33 @@ def linear_pointer_kernel(
     w_row_ptr = w_ptr + row_o * BLOCK_IN
     offs_k = tl.arange(0, TILE_K)
 
-    begin = tl.load(indptr + row) * BLOCK_IN
-    end = tl.load(indptr + row + 1) * BLOCK_IN
-    tl.assume(end > begin)  # a loop that may not run at all makes ptxas serialise every wgmma (Triton 3.6, C7515)
+    first_block = tl.load(indptr + row)
+    n_blocks = tl.load(indptr + row + 1) - first_block
+    n_steps = (n_blocks * BLOCK_IN + TILE_K - 1) // TILE_K
+    tl.assume(n_steps > 0)  # a loop that may not run at all makes ptxas serialise every wgmma (Triton 3.6, C7515)
     acc = tl.zeros((TILE_OUT, TILE_M), tl.float32)
-    for k0 in tl.range(begin, end, TILE_K, num_stages=STAGES):
+    for step in tl.range(0, n_steps, num_stages=STAGES):
         if BLOCK_IN % TILE_K == 0:
-            block = k0 // BLOCK_IN
-            k = k0 % BLOCK_IN + offs_k
+            block = first_block + step // SPLIT_K
+            k = (step % SPLIT_K) * TILE_K + offs_k
             channel = tl.load(indices + block) * BLOCK_IN + k
             mask_k = channel < K
             mask_w = mask_row[:, None]
         else:
-            kept = k0 + offs_k < end
-            block = (k0 + offs_k) // BLOCK_IN
-            k = (k0 + offs_k) % BLOCK_IN
+            block = (step * TILE_K + offs_k) // BLOCK_IN
+            k = (step * TILE_K + offs_k) % BLOCK_IN
+            kept = block < n_blocks
+            block += first_block
             channel = tl.load(indices + block, mask=kept, other=0) * BLOCK_IN + k
             mask_k = kept & (channel < K)
             mask_w = mask_row[:, None] & kept[None, :]
         if input_permutation_ptr is not None:
             channel = tl.load(input_permutation_ptr + channel, mask=mask_k, other=0)
         w_offsets = block * (BLOCK_OUT * BLOCK_IN) + k
-        x = tl.load(x_row_ptr[:, None] + channel[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_row_ptr[:, None] + w_offsets[None, :], mask=mask_w, other=0.0)
-        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+        mask_x = mask_k[:, None] & mask_m[None, :]
+        x = tl.load(x_row_ptr[None, :] + channel[:, None], mask=mask_x, other=0.0)  # [TILE_K, TILE_M]
+        w = tl.load(w_row_ptr[:, None] + w_offsets[None, :], mask=mask_w, other=0.0)  # [TILE_OUT, TILE_K]
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
 
     offs_o = row * BLOCK_OUT + row_o
     mask_o = mask_row & (offs_o < N)
@@ -181,6 +186,8 @@ def block_sparse_linear(
     Cost:
         2 * tokens * n_blocks * BLOCK_OUT * BLOCK_IN FLOP.
     """
+    if input_permutation is not None and config.permute_first:
+        x, input_permutation = permute_channels(x, input_permutation, dim=-1), None
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
