@@ -26,26 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-STRIP = gl.constexpr(64)
-"""Output features of a strip: the rows of one wgmma."""
-
-PAIR_FIELDS = gl.constexpr(8)
-"""int32 fields of a pair: first entry, shared, own 0, own 1 (in stages), then the output features of its four parts."""
-
-
-@gluon.jit
-def _activate(v, ACTIVATION: gl.constexpr):
-    """The epilogue's activation in fp32."""
-    if ACTIVATION == "relu":
-        v = gl.maximum(v, 0.0)
-    elif ACTIVATION == "relu6":
-        v = gl.minimum(gl.maximum(v, 0.0), 6.0)
-    elif ACTIVATION == "silu":
-        v = v / (1.0 + gl.exp(-v))
-    elif ACTIVATION == "gelu":
-        v = 0.5 * v * (1.0 + gl.erf(v * 0.7071067811865476))
-    return v
-
+from tetris.kernels.hopper.epilogue_device import activate
 
 @gluon.jit
 def _token_halves(acc, HALF: gl.constexpr, LAYOUT: gl.constexpr):
@@ -181,7 +162,7 @@ def _consumer(
                     residual_phase ^= 1
                     r = gl.reshape(gl.permute(stage.load(PART_LAYOUT), (0, 2, 1)), (64, 64))
                     v += gl.convert_layout(r, CHUNK).to(gl.float32)
-                v = _activate(v, ACTIVATION).to(xbuf.dtype)
+                v = activate(v, ACTIVATION).to(xbuf.dtype)
                 stage.store(gl.permute(gl.reshape(v, (PARTS, ROWS, 64)), (0, 2, 1)))
                 fence_async_shared()
                 for part in gl.static_range(PARTS):

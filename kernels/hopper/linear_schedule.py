@@ -1,0 +1,222 @@
+"""The offline schedule of the Hopper linear layer: which strips share input tiles, in what order, on which program.
+
+The pattern of kept blocks never changes, so everything that depends on it is computed once, on the host, from the layout:
+
+1. *strips* of 64 output features (see ``linear_device``); block rows of 32 are joined two by two, those that keep the most
+   input blocks in common first, because the joined strip multiplies the union of the two;
+2. *pairs* of strips, again by common input blocks: a pair fetches the union of its strips' input tiles;
+3. the *stages* of every pair: kept by both strips, then alternately by one and the other, then the rest of the longer;
+4. the *tasks*, one per (token tile, pair), dealt to the programs in the order of the tokens (see ``schedule``), so that
+   programs that run at the same time read the same input tiles from the L2 cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tetris.kernels.hopper.schedule import Schedule, make_schedule
+from tetris.layout import ceil_div
+
+STRIP = 64
+STAGE_K = 64
+PAIR_FIELDS = 8
+FIXED_COST = 3.0
+"""Cost of a task's prologue and epilogue, in products of one strip and one stage."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSchedule:
+    """What the device code walks through; all int32 tensors on one device.
+
+    Attributes:
+        pairs: [n_pairs, 8]: first entry, stages of both strips, of strip 0, of strip 1, first output feature of each of
+            up to four parts (strip 0's, then strip 1's).
+        entries: [n_entries, 1 + 2 * parts]: first input feature of a tile, then for every part of both strips the first
+            row of its weight tile in ``values.view(-1, BLOCK_IN)``; past the end = zeros, -1 = the strip skips it.
+        tasks: token tile * n_pairs + pair, dealt to the programs.
+        tile_tokens: tokens per task.
+        fetched_stages, used_stages: stages that the pairs fetch, and that their strips multiply (a stage of both counts
+            twice), per token tile; their ratio says how well the pairing shares input tiles.
+    """
+
+    pairs: torch.Tensor
+    entries: torch.Tensor
+    tasks: Schedule
+    tile_tokens: int
+    fetched_stages: int
+    used_stages: int
+
+
+def match_rows(mask: np.ndarray) -> list[tuple[int, ...]]:
+    """Joins rows two by two so that the joined rows have many columns in common; an odd row stays alone.
+
+    Greedy by the number of common columns, then improved by exchanging partners between couples while that helps.
+
+    Args:
+        mask: bool [rows, columns], the kept blocks.
+    Returns:
+        Tuples of one or two row indices, in ascending order of their first.
+    Cost: O(rows^2 columns) for the common columns and O(rows^2 log rows) for the rest.
+    """
+    n = len(mask)
+    common = mask.astype(np.float32) @ mask.astype(np.float32).T
+    first, second = np.triu_indices(n, 1)
+    free = np.ones(n, bool)
+    couples: list[list[int]] = []
+    for k in np.argsort(-common[first, second], kind="stable"):
+        a, b = int(first[k]), int(second[k])
+        if free[a] and free[b]:
+            free[a] = free[b] = False
+            couples.append([a, b])
+    _exchange_partners(couples, common)
+    return sorted([(min(c), max(c)) for c in couples] + [(int(a),) for a in np.flatnonzero(free)])
+
+
+def _exchange_partners(couples: list[list[int]], common: np.ndarray, sweeps: int = 8) -> None:
+    """Improves ``couples`` in place: of every two couples keeps the best of the three ways to pair their four rows."""
+    for _ in range(sweeps):
+        improved = False
+        left, right = np.array([c[0] for c in couples]), np.array([c[1] for c in couples])
+        for i in range(len(couples)):
+            a, b = left[i], right[i]
+            now = common[a, b] + common[left, right]
+            parallel = common[a, left] + common[b, right] - now
+            crossed = common[a, right] + common[b, left] - now
+            parallel[i] = crossed[i] = 0
+            j = int(np.argmax(np.maximum(parallel, crossed)))
+            if max(parallel[j], crossed[j]) <= 0:
+                continue
+            improved = True
+            if parallel[j] >= crossed[j]:
+                right[i], left[j] = left[j], b
+            else:
+                right[i], right[j] = right[j], b
+        couples[:] = [[int(a), int(b)] for a, b in zip(left, right)]
+        if not improved:
+            return
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """One strip: the output feature and the weight row of each part per kept input tile."""
+
+    features: tuple[int, ...]
+    tiles: dict[int, tuple[int, ...]]
+
+
+def _strips(indptr: np.ndarray, indices: np.ndarray, block: tuple[int, int], tile_k: int) -> list[list[_Strip]]:
+    """The strips, those that must stay side by side in one list. ``tiles``: first input feature -> weight rows."""
+    block_out, block_in = block
+    n_rows = len(indptr) - 1
+    past_the_end = len(indices) * block_out
+    rows = [
+        {int(c) * block_in + k: int(b) * block_out for b, c in zip(range(indptr[r], indptr[r + 1]), indices[indptr[r] :])
+         for k in range(0, block_in, tile_k)}
+        for r in range(n_rows)
+    ]  # fmt: skip
+    if block_out >= STRIP:
+        return [
+            [
+                _Strip((r * block_out + o,), {k: (w + o,) for k, w in rows[r].items()})
+                for o in range(0, block_out, STRIP)
+            ]
+            for r in range(n_rows)
+        ]
+    mask = np.zeros((n_rows, int(indices.max(initial=0)) + 1), bool)
+    mask[np.repeat(np.arange(n_rows), np.diff(indptr)), indices] = True
+    strips = []
+    for couple in match_rows(mask):
+        features = tuple(r * block_out for r in couple) + (n_rows * block_out,) * (2 - len(couple))
+        members = [rows[r] for r in couple] + [{}] * (2 - len(couple))
+        tiles = {k: tuple(m.get(k, past_the_end) for m in members) for k in sorted(set().union(*members))}
+        strips.append([_Strip(features, tiles)])
+    return strips
+
+
+def _pairs(groups: list[list[_Strip]]) -> list[tuple[_Strip, _Strip | None]]:
+    """Strips of one block row side by side; single strips by common input tiles."""
+    if len(groups[0]) % 2 == 0:
+        return [(g[i], g[i + 1]) for g in groups for i in range(0, len(g), 2)]
+    strips = [strip for group in groups for strip in group]
+    columns = {k: i for i, k in enumerate(sorted(set().union(*(s.tiles for s in strips))))}
+    mask = np.zeros((len(strips), len(columns)), bool)
+    for row, strip in enumerate(strips):
+        mask[row, [columns[k] for k in strip.tiles]] = True
+    return [(strips[c[0]], strips[c[1]] if len(c) > 1 else None) for c in match_rows(mask)]
+
+
+def _pair_stages(
+    pair: tuple[_Strip, _Strip | None], group: int, zero_tile: tuple[int, int]
+) -> tuple[list[tuple[int, ...]], tuple[int, int, int]]:
+    """The entries of a pair in the order of its stages, and its numbers of (shared, own 0, own 1) stages."""
+    parts = len(pair[0].features)
+    zero_x, zero_w = zero_tile
+    tiles = [pair[0].tiles, pair[1].tiles if pair[1] else {}]
+    absent, zeros = (-1,) * parts, (zero_w,) * parts
+
+    def stages(entries: list[tuple[int, ...]], padding: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+        padded = entries + [padding] * (-len(entries) % group)
+        return [padded[i : i + group] for i in range(0, len(padded), group)]
+
+    shared = stages(
+        [(k, *tiles[0][k], *tiles[1][k]) for k in sorted(tiles[0].keys() & tiles[1].keys())], (zero_x, *zeros, *zeros)
+    )
+    own0 = stages([(k, *tiles[0][k], *absent) for k in sorted(tiles[0].keys() - tiles[1])], (zero_x, *zeros, *absent))
+    own1 = stages([(k, *absent, *tiles[1][k]) for k in sorted(tiles[1].keys() - tiles[0])], (zero_x, *absent, *zeros))
+    both = min(len(own0), len(own1))
+    ordered = shared + [stage for couple in zip(own0, own1) for stage in couple] + own0[both:] + own1[both:]
+    return [entry for stage in ordered for entry in stage], (len(shared), len(own0), len(own1))
+
+
+def make_linear_schedule(
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    in_features: int,
+    block: tuple[int, int],
+    tokens: int,
+    tile_tokens: int,
+    n_programs: int,
+) -> LinearSchedule:
+    """The schedule of one layer for one number of tokens; pure, some milliseconds to some tenths of a second of host time.
+
+    Args:
+        indptr, indices: the layout's CSR (int32), every block row with at least one block.
+        in_features: columns of x, without padding.
+        block: (BLOCK_OUT, BLOCK_IN): 32 or a multiple of 64 outputs, a power of two from 16 inputs.
+        tokens: rows of x; tile_tokens: rows per task.
+        n_programs: persistent programs, the GPU's multiprocessors.
+    Returns:
+        The schedule, on the device of ``indptr``.
+    """
+    block_out, block_in = block
+    tile_k = min(block_in, STAGE_K)
+    ptr, idx = indptr.cpu().numpy(), indices.cpu().numpy()
+    groups = _strips(ptr, idx, block, tile_k)
+    pairs = _pairs(groups)
+    zero_tile = (ceil_div(in_features, block_in) * block_in, len(idx) * block_out)
+    past_features = (len(ptr) - 1) * block_out
+    entries: list[tuple[int, ...]] = []
+    rows, costs = [], []
+    for pair in pairs:
+        features = pair[0].features + (pair[1].features if pair[1] else (past_features,) * len(pair[0].features))
+        pair_entries, counts = _pair_stages(pair, STAGE_K // tile_k, zero_tile)
+        rows.append([len(entries), *counts, *features, *([past_features] * (4 - len(features)))])
+        entries += pair_entries
+        shared, own0, own1 = counts
+        costs.append(2 * shared + 1.5 * (own0 + own1))
+    n_tiles = ceil_div(tokens, tile_tokens)
+    tasks = make_schedule(costs, n_tiles, n_programs, tile_cost=FIXED_COST)
+    table = np.array(rows, np.int32)
+    device = indptr.device
+    return LinearSchedule(
+        pairs=torch.from_numpy(table).to(device),
+        entries=torch.tensor(entries, dtype=torch.int32, device=device),
+        tasks=tasks.to(device),
+        tile_tokens=tile_tokens,
+        fetched_stages=int(table[:, 1:4].sum()),
+        used_stages=int(table[:, 1:4].sum() + table[:, 1].sum()),
+    )
