@@ -228,7 +228,7 @@ def pixel_tile(batch: int, height: int, width: int, pixels: int) -> tuple[int, i
 
 
 def _stages(wanted: int, step_bytes: int, device: DeviceInfo) -> int:
-    """``wanted`` pipeline stages, or as many as shared memory holds; a tile buffer takes two (the index comes first)."""
+    """``wanted`` pipeline stages, or what shared memory holds: a tile buffer takes two, the index one more."""
     return max(2, min(wanted, 2 * ((device.shared_bytes - 4096) // step_bytes) - 1))
 
 

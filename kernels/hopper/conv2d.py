@@ -2,14 +2,162 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from tetris.errors import ShapeError, UnsupportedError, describe
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper.geometry import WGMMA_ROWS, ConvTile
+from tetris.kernels.hopper.heuristics import complete_tile, supports
+from tetris.kernels.hopper.schedule import Schedule, make_schedule
+
+__all__ = ["block_sparse_conv2d", "conv2d_schedule", "descriptors", "supports"]
+
+
+def _problem(x: torch.Tensor, values: torch.Tensor, c_out: int, **geometry: Any) -> Conv2dProblem:
+    batch, c_in, height, width = x.shape
+    block = (values.shape[2], values.shape[3])
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Conv2dProblem(batch, c_in, c_out, height, width, block=block, dtype=dtype, n_blocks=len(values), **geometry)
+
+
+def conv2d_schedule(
+    indptr: torch.Tensor, problem: Conv2dProblem, config: Conv2dConfig, sm_count: int, device: torch.device | str
+) -> Schedule:
+    """The schedule of a convolution; depends on its layout, output size and config only, so compute it once.
+
+    Args:
+        indptr: int32 [block rows + 1]; read on the CPU (a device tensor costs a synchronization).
+        problem, config: as the launch will have them.
+        sm_count: programs to keep busy.
+        device: where the schedule's tensors go.
+    """
+    tile = complete_tile(problem, config)
+    blocks = indptr.cpu().diff().tolist()
+    unit = tile.block_in / 64  # a step's cost in 64 x 64 blocks of a 3 x 3 kernel on a full tile
+    unit *= tile.taps / 9 * tile.tile_h * tile.row_pixels / 512
+    costs = [count * unit for count in blocks for _ in range(tile.halves)]
+    n, h, w = tile.tiles(problem.batch, *problem.output_size)
+    return make_schedule(costs, n * h * w, sm_count).to(device)
+
+
+def block_sparse_conv2d(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    c_out: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
+    allow_tf32: bool = False,
+    max_pool: bool = False,
+    config: Conv2dConfig,
+    schedule: Schedule | None = None,
+) -> torch.Tensor:
+    """``pool(activation(conv2d(x, unpacked values) + bias + residual))`` on a Hopper GPU.
+
+    Args:
+        x: [N, C_IN, H, W] in channels_last memory; float16, bfloat16 or float32.
+        values: packed kept blocks [n_blocks, KH * KW, BLOCK_OUT, BLOCK_IN], x's dtype.
+        indptr, indices: int32, the block layout; every block row keeps at least one block.
+        bias: [C_OUT] or None.
+        c_out: output channels.
+        kernel_size, stride, padding, dilation: as in ``torch.nn.functional.conv2d``, (height, width).
+        activation: "none", "relu", "relu6", "silu" or "gelu".
+        residual: like the output before pooling; channels_last.
+        input_permutation, output_permutation: not supported here; see :func:`supports`.
+        allow_tf32: float32 runs through tf32 only.
+        max_pool: 2 x 2 max-pooling with stride 2 of the result.
+        config: tile and ring sizes; zeros are filled in.
+        schedule: from :func:`conv2d_schedule`; None computes it here, which synchronizes and is slow.
+    Returns:
+        [N, C_OUT, H', W'] in channels_last memory, x's dtype.
+    Raises:
+        UnsupportedError: what :func:`supports` refuses.
+        ShapeError: the schedule is of another problem.
+    Cost: 2 N H' W' KH KW BLOCK_OUT BLOCK_IN n_blocks FLOP; x is read about once per block row that keeps its channels.
+    """
+    from tetris.kernels.hopper.conv2d_device import conv2d_kernel
+
+    problem = _problem(x, values, c_out, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+    reason = supports(problem, device_info(x.device), config, max_pool=max_pool, allow_tf32=allow_tf32)
+    if input_permutation is not None or output_permutation is not None:
+        reason = "it permutes no channels: fold the permutation into the neighbouring layers"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        reason = f"x must be in channels_last memory; got strides {x.stride()}"
+    if reason:
+        raise UnsupportedError(f"hopper convolution: {reason}; x is a {describe(x)}; use the portable kernel")
+    tile = complete_tile(problem, config, max_pool=max_pool)
+    height, width = problem.output_size
+    n, h, w = tile.tiles(problem.batch, height, width)
+    rows = problem.block_rows * tile.halves
+    if schedule is None:
+        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+        schedule = conv2d_schedule(indptr, problem, config, sm_count, x.device)
+    if len(schedule.order) != rows * n * h * w:
+        raise ShapeError(
+            f"hopper convolution: wanted a schedule of {rows * n * h * w} tiles ({rows} rows x {n} x {h} x {w}); "
+            f"got one of {len(schedule.order)}; make it with conv2d_schedule for this input and config"
+        )
+    shape = (problem.batch, c_out, height // 2, width // 2) if max_pool else (problem.batch, c_out, height, width)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    arguments, constants = launch_arguments(
+        x, values, indptr, indices, bias, residual, y, tile, schedule, activation=activation, max_pool=max_pool
+    )
+    conv2d_kernel[(schedule.programs,)](*arguments, **constants)
+    return y
+
+
+def launch_arguments(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: ConvTile,
+    schedule: Schedule,
+    *,
+    activation: str,
+    max_pool: bool,
+    defer: bool = True,
+    producer_warps: int = 1,
+) -> tuple[list[Any], dict[str, Any]]:
+    """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
+
+    ``defer`` (keep one tap's products in flight while the next starts) and ``producer_warps`` are there for ablations.
+    """
+    scale = 2 if max_pool else 1
+    _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)
+    rows = (len(indptr) - 1) * tile.halves
+    tensors = [bias if bias is not None else values, indptr, indices, schedule.program_ptr, schedule.order]
+    flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+    options = {"POOL": max_pool, "DEFER": defer, "PRODUCER_WARPS": producer_warps, "T": tile, "num_warps": 4}
+    return [*descriptors(x, values, y, residual, tile, max_pool), *tensors, rows, h, w, y.shape[1]], flags | options
+
+
+def device_info(device: torch.device) -> DeviceInfo:
+    """The facts about a CUDA device that :func:`supports` asks for."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return DeviceInfo(properties.name, capability, properties.multi_processor_count, triton.__version__)
 
 
 def descriptors(
     x: torch.Tensor, values: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None, tile: ConvTile, pool: bool
-) -> list:
+) -> list[Any]:
     """Tensor descriptors (input, its halo, weights, output, residual) of one launch, in the kernel's order.
 
     Activations appear as [H, W, N, C], so that boxes come out in the order of the shared-memory tile.
@@ -19,27 +167,18 @@ def descriptors(
 
     bits = 8 * tile.item_size
 
-    def activation(tensor: torch.Tensor, rows: int, columns: int, channels: int, swizzle: int):
+    def image(tensor: torch.Tensor, rows: int, columns: int, channels: int, swizzle: int) -> TensorDescriptor:
         n, c, h, w = tensor.shape
+        layout = NVMMASharedLayout(swizzle, bits, rank=4)
         box = [rows, columns, tile.tile_n, channels]
-        return TensorDescriptor(
-            tensor, [h, w, n, c], [w * c, c, h * w * c, 1], box, NVMMASharedLayout(swizzle, bits, rank=4)
-        )
+        return TensorDescriptor(tensor, [h, w, n, c], [w * c, c, h * w * c, 1], box, layout)
 
     k_bytes = tile.tile_k * tile.item_size
     weights = values.view(-1, tile.block_in)
+    w_layout = NVMMASharedLayout(k_bytes, bits, rank=2)
+    w_desc = TensorDescriptor(weights, list(weights.shape), [tile.block_in, 1], [WGMMA_ROWS, tile.tile_k], w_layout)
     rows, columns = tile.rows_per_accumulator, tile.tile_w // (2 if pool else 1)
-    y_desc = activation(y, rows, columns, WGMMA_ROWS, 128)
-    return [
-        activation(x, 1, tile.tile_w, tile.tile_k, k_bytes),
-        activation(x, 1, tile.halo_box, tile.tile_k, k_bytes),
-        TensorDescriptor(
-            weights,
-            list(weights.shape),
-            [tile.block_in, 1],
-            [WGMMA_ROWS, tile.tile_k],
-            NVMMASharedLayout(k_bytes, bits, rank=2),
-        ),
-        y_desc,
-        y_desc if residual is None else activation(residual, rows, tile.tile_w, WGMMA_ROWS, 128),
-    ]
+    y_desc = image(y, rows, columns, WGMMA_ROWS, 128)
+    r_desc = y_desc if residual is None else image(residual, rows, tile.tile_w, WGMMA_ROWS, 128)
+    x_descs = [image(x, 1, box, tile.tile_k, k_bytes) for box in (tile.tile_w, tile.halo_box)]
+    return [*x_descs, w_desc, y_desc, r_desc]

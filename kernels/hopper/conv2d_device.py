@@ -6,6 +6,7 @@ pixels its shared-memory operand, ``acc[out, pixel] += w[out, k] x[pixel, k]``. 
 schedule's list of tiles. Geometry: ``geometry.ConvTile``, a compile-time constant here called T.
 """
 
+# ruff: noqa: RUF005 -- the compiler's Python has no starred tuples
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -87,9 +88,8 @@ def producer(
                     mbarrier.expect(w_full.index(w_stage), T.w_step_bytes)
                     for tap in gl.static_range(W_TAPS):
                         w_row = (block * T.taps + group * W_TAPS + tap) * T.block_out + half * 64
-                        tma.async_copy_global_to_shared(
-                            w_desc, [w_row, step * T.tile_k], w_full.index(w_stage), w_buffer.index(w_stage * W_TAPS + tap)
-                        )  # fmt: skip
+                        target = w_buffer.index(w_stage * W_TAPS + tap)
+                        tma.async_copy_global_to_shared(w_desc, [w_row, step * T.tile_k], w_full.index(w_stage), target)
                     wi += 1
 
 
@@ -111,14 +111,12 @@ def multiply_step(
     w = w_buffer.index(w_stage * T.w_taps).load(LEFT)
     w_before = w
     for tap in gl.static_range(TAPS):
-        DY: gl.constexpr = tap // T.kernel_width
-        DX: gl.constexpr = tap % T.kernel_width
         started = ()
         for r in gl.static_range(R):
-            row = r * T.rows_per_accumulator + DY * T.dilation_h
-            pixels = x_buffer.index(base + row * T.row_groups + DX * T.column_groups)
+            row = r * T.rows_per_accumulator + tap // T.kernel_width * T.dilation_h
+            pixels = x_buffer.index(base + row * T.row_groups + tap % T.kernel_width * T.column_groups)
             pixels = pixels._reinterpret(DTYPE, [N, T.tile_k], RIGHT).permute((1, 0))
-            started = started + (warpgroup_mma(w, pixels, accs[r], precision="tf32", is_async=True),)
+            started = started + (warpgroup_mma(w, pixels, accs[r], is_async=True),)
         if DEFER and tap > 0:  # the tap before has ended: its weights' registers are free again
             waited = warpgroup_mma_wait(R, deps=started + (w_before,))
             started = waited[:R]
@@ -169,7 +167,7 @@ def consumer(
         row, y0, x0, n0 = tile_origin(gl.load(order + position), rows, tiles_y, tiles_x, T)
         block_row = row // T.halves
         accs = ()
-        for r in gl.static_range(R):
+        for _r in gl.static_range(R):
             accs = accs + (gl.zeros((64, N), gl.float32, ACC),)
         for _step in range(gl.load(indptr + block_row) * T.k_steps, gl.load(indptr + block_row + 1) * T.k_steps):
             stage = xi % T.x_stages
@@ -252,18 +250,16 @@ def conv2d_kernel(
     for i in gl.static_range(2):
         mbarrier.init(r_full.index(i), count=1)
     fence_async_shared()
-    common = (indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out)
-    rings = (x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full)
-    flags = (ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, DEFER, T)
     gl.warp_specialize(
         [
-            (consumer, (y_desc, r_desc, bias, *common, *rings, 0, *flags)),
-            (consumer, (y_desc, r_desc, bias, *common, *rings, 1, *flags)),
-            (
-                producer,
-                (x_desc, halo_desc, w_desc, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x,
-                 x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T),
-            ),
+            (consumer, (y_desc, r_desc, bias, indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
+                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, DEFER, T)),
+            (consumer, (y_desc, r_desc, bias, indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
+                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, DEFER, T)),
+            (producer, (x_desc, halo_desc, w_desc, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x,
+                        x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T)),
         ],
         [4, PRODUCER_WARPS],
         [232, 40],

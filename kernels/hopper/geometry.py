@@ -6,8 +6,8 @@ another *whole-group* offset: a wgmma operand then needs nothing but another bas
 
 - ``images``: (y, x, image) with a multiple of 8 images innermost. One halo tile serves every tap: a step in x is
   TILE_N / 8 groups.
-- ``copies``: (kernel column, y, x, image): one copy of the tile for every kernel column, each loaded with its own shift.
-  It reads the input KW times, but only TILE_W * TILE_N must be a multiple of 8: it serves batches under 8.
+- ``copies``: (kernel column, y, x, image): one copy of the tile for every kernel column, each loaded with its own
+  shift. It reads the input KW times, but only TILE_W * TILE_N must be a multiple of 8: it serves batches under 8.
 
 Pure data; nothing here needs Triton. Sizes are in elements unless a name says bytes.
 """
