@@ -31,7 +31,8 @@ class Candidate:
         sparsity: fraction of the blocks pruned, as asked.
         kept_fraction: blocks kept / all blocks.
         retained: kept importance / total importance after reordering.
-        time_us: median time of the layer at the plan's batch and dtype.
+        time_us: time of the layer at the plan's batch and dtype: the median on a GPU, the 10th percentile on a CPU,
+            where other processes only ever add time.
         p10_us, p90_us: the spread of that time.
         config: key of the kernel configuration that was timed; "" is the kernel's own default.
     """

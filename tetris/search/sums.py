@@ -25,12 +25,19 @@ def group_sums(matrix: torch.Tensor, labels: torch.Tensor, n_groups: int, dim: i
     """
     if matrix.is_cuda:
         return _cuda_sums(matrix, labels, n_groups, dim)
+    from numba import config, set_num_threads
+
     from tetris.search import numba_kernels
 
     source, groups = matrix.numpy(), labels.numpy()
-    if dim == 1:
-        return torch.from_numpy(numba_kernels.sum_column_groups(source, groups, n_groups))
-    return torch.from_numpy(numba_kernels.sum_row_groups(source, groups, n_groups, _CACHED_COLUMNS))
+    threads = torch.get_num_threads()
+    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+    try:
+        if dim == 1:
+            return torch.from_numpy(numba_kernels.sum_column_groups(source, groups, n_groups))
+        return torch.from_numpy(numba_kernels.sum_row_groups(source, groups, n_groups, _CACHED_COLUMNS))
+    finally:
+        torch.set_num_threads(threads)  # numba may share its OpenMP pool, whose size is the whole process's
 
 
 def _cuda_sums(matrix: torch.Tensor, labels: torch.Tensor, n_groups: int, dim: int) -> torch.Tensor:

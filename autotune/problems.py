@@ -1,0 +1,112 @@
+"""From a layer and its input to the problem that configurations, costs and stored choices are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tetris.errors import TetrisError
+from tetris.graph import ExampleInputs, as_arguments
+from tetris.kernels.configs import ITEM_SIZE, Conv2dProblem, LinearProblem
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.ops import dtype_name
+
+Problem = Conv2dProblem | LinearProblem
+SparseLayer = BlockSparseConv2d | BlockSparseLinear
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What reached a layer: shape, dtype, device and whether an image batch was channels_last."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    def random(self, device: torch.device, seed: int = 0, channels_last: bool | None = None) -> torch.Tensor:
+        """A standard normal tensor like it."""
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(self.shape, device=device, generator=generator).to(self.dtype)
+        images = self.channels_last if channels_last is None else channels_last
+        return x.contiguous(memory_format=torch.channels_last) if images and x.dim() == 4 else x
+
+
+def capture_inputs(
+    model: nn.Module, example_inputs: ExampleInputs, layers: Mapping[str, nn.Module]
+) -> dict[str, LayerInput]:
+    """Run the model once, in eval mode, and note the first input of every layer, in the order of execution.
+
+    Layers that the example does not reach are absent. The model's training mode is restored.
+    """
+    found: dict[str, LayerInput] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], torch.Tensor) and name not in found:
+                x = arguments[0]
+                last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+                found[name] = LayerInput(tuple(x.shape), x.dtype, x.device, last)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in layers.items()]
+    modes = {module: module.training for module in model.modules()}
+    arguments, keywords = as_arguments(example_inputs)
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*arguments, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return found
+
+
+def problem_of(layer: SparseLayer, x: LayerInput | torch.Tensor) -> Problem:
+    """The problem that a block-sparse layer solves for an input like ``x``."""
+    dtype = dtype_name(x.dtype)
+    if isinstance(layer, BlockSparseConv2d):
+        batch, c_in, height, width = x.shape
+        return Conv2dProblem(
+            batch, c_in, layer.out_channels, height, width, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, layer.block, dtype, layer.n_blocks,
+        )  # fmt: skip
+    if isinstance(layer, BlockSparseLinear):
+        tokens = 1
+        for size in x.shape[:-1]:
+            tokens *= size
+        return LinearProblem(tokens, layer.in_features, layer.out_features, layer.block, dtype, layer.n_blocks)
+    raise TetrisError(f"problem_of: wanted a block-sparse layer; got {type(layer).__name__}")
+
+
+def flop(problem: Problem) -> float:
+    """Operations of the kept blocks, a multiply-add counted twice; incomplete blocks count whole."""
+    per_position = 2.0 * problem.n_blocks * problem.block[0] * problem.block[1]
+    if isinstance(problem, LinearProblem):
+        return per_position * problem.tokens
+    height, width = problem.output_size
+    return per_position * problem.taps * problem.batch * height * width
+
+
+def size_bytes(problem: Problem) -> float:
+    """Least traffic: input, kept blocks and output once."""
+    item = ITEM_SIZE[problem.dtype]
+    kept = problem.n_blocks * problem.block[0] * problem.block[1]
+    if isinstance(problem, LinearProblem):
+        return float(item * (problem.tokens * (problem.in_features + problem.out_features) + kept))
+    height, width = problem.output_size
+    pixels_in, pixels_out = problem.height * problem.width, height * width
+    activations = problem.batch * (pixels_in * problem.c_in + pixels_out * problem.c_out)
+    return float(item * (activations + kept * problem.taps))
+
+
+def shape_label(shape: Sequence[int]) -> str:
+    """ "128x512x28x28"."""
+    return "x".join(map(str, shape))
