@@ -32,7 +32,7 @@ def contract(importance: torch.Tensor, pruned: torch.Tensor, dim: int) -> torch.
 
 
 def swap_gains(contraction: torch.Tensor) -> torch.Tensor:
-    """G = L + L^T - S - S^T, L the diagonal of S repeated (eqs. 10, 11): pruned magnitude that swapping i and j saves."""
+    """G = L + L^T - S - S^T, L the diagonal of S repeated (eqs. 10, 11): what swapping i and j saves."""
     diagonal = contraction.diagonal()[:, None]
     return diagonal + diagonal.T - contraction - contraction.T
 

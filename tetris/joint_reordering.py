@@ -85,7 +85,7 @@ def reorder_jointly(
     Raises:
         TetrisError, ShapeError: sizes of a group that disagree, bad importances, as in :func:`tetris.reorder`.
     """
-    options = check_options(method, seed, steps, seconds, progress)
+    options = check_options(method, seed, steps, seconds, progress, bool(start))
     if not problems:
         raise TetrisError("reorder_jointly: wanted at least one problem; got none")
     sizes = _group_sizes(problems)

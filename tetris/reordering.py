@@ -118,7 +118,7 @@ def reorder(
     sparsity = check_sparsity(sparsity)
     _check_weight(weight)
     omega = _check_dims(dims, weight.dim())
-    options = check_options(method, seed, steps, seconds, progress)
+    options = check_options(method, seed, steps, seconds, progress, start is not None)
     fitted = fit_block(block, (weight.shape[0], weight.shape[1]))
     pruning = pruning_method(structure, fitted)
     scores = importance_of(weight, importance)

@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from tetris.errors import TetrisError, describe
 from tetris.search.alternation import Budget, Progress, alternate
+from tetris.search.annealing import HOTTEST, WARM, anneal
+from tetris.search.batched import batched as split_pairs
 from tetris.search.greedy import greedy
 from tetris.search.system import Key, System
+from tetris.search.transport import certify
+from tetris.search.transport import exact as solve_exactly
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a search is told besides the system: random seed, annealing steps, time budget, progress callback."""
+    """What a search is told besides the system.
+
+    Attributes:
+        seed, steps: of the annealed search.
+        budget, progress: time limit and callback.
+        warm: whether the system's partitions are a start worth keeping, not just the identity.
+    """
 
     seed: int = 0
     steps: int = 60
     budget: Budget = field(default_factory=Budget)
     progress: Progress | None = None
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,12 @@ def none(system: System, keys: Sequence[Key], options: Options) -> Outcome:
 def sort(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     """Slices in descending order of importance: costs nothing and gets much of the gain on trained weights."""
     for key in keys:
-        totals = sum(
-            system.problems[i].matrix.sum(1 - dim).view(-1, system.problems[i].repeats[dim]).sum(1)
-            for i, dim in system.uses(key)
-        )
+        totals = torch.stack(
+            [
+                system.problems[i].matrix.sum(1 - dim).view(-1, system.problems[i].repeats[dim]).sum(1)
+                for i, dim in system.uses(key)
+            ]
+        ).sum(0)
         system.partitions[key].order.copy_(totals.sort(descending=True, stable=True).indices)
         system.changed(key)
     return Outcome()
@@ -54,10 +69,55 @@ def paper(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     return Outcome(alternate(system, keys, greedy, options.budget, options.progress))
 
 
-METHODS: dict[str, Method] = {"none": none, "sort": sort, "paper": paper}
+def batched(system: System, keys: Sequence[Key], options: Options) -> Outcome:
+    """The alternation with M-steps that split disjoint pairs of groups together."""
+    return Outcome(alternate(system, keys, split_pairs, options.budget, options.progress))
 
 
-def check_options(method: str, seed: int, steps: int, seconds: float | None, progress: Progress | None) -> Options:
+def exact(system: System, keys: Sequence[Key], options: Options) -> Outcome:
+    """The alternation with optimal M-steps. It starts from the paper's answer, so that it is never below it.
+
+    The certificate is {key: Certificate} for the final mask; absent when the time budget ran out before the end.
+    """
+    swaps = alternate(system, keys, greedy, options.budget, options.progress)
+    swaps += alternate(system, keys, solve_exactly, options.budget, options.progress)
+    if options.budget.spent:
+        return Outcome(swaps)
+    masks, _ = system.expectation()
+    return Outcome(swaps, {key: certify(system.values(key, masks), system.partitions[key]) for key in keys})
+
+
+def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
+    """Annealing, then hard alternation. Never below the paper's answer from the same start, which it compares with."""
+    warm = options.warm
+    start = system.snapshot()
+    swaps = alternate(system, keys, greedy, options.budget)
+    paper_kept, paper_orders = system.expectation()[1], system.snapshot()
+    if not warm:
+        system.restore(start)
+    anneal(
+        system, keys, options.steps, options.seed, WARM if warm else HOTTEST, not warm, options.budget, options.progress
+    )
+    swaps += alternate(system, keys, greedy, options.budget)
+    if system.expectation()[1] < paper_kept:
+        system.restore(paper_orders)
+    return Outcome(swaps)
+
+
+METHODS: dict[str, Method] = {
+    "none": none,
+    "sort": sort,
+    "paper": paper,
+    "batched": batched,
+    "exact": exact,
+    "annealed": annealed,
+}
+"""The searches of :func:`tetris.reorder` by name; each changes the system's partitions of ``keys`` in place."""
+
+
+def check_options(
+    method: str, seed: int, steps: int, seconds: float | None, progress: Progress | None, warm: bool
+) -> Options:
     """The checked options of a search; raises TetrisError."""
     if method not in METHODS:
         raise TetrisError(f"reorder: wanted a method of {', '.join(METHODS)}; got {method!r}")
@@ -65,4 +125,4 @@ def check_options(method: str, seed: int, steps: int, seconds: float | None, pro
         raise TetrisError(f"reorder: wanted steps >= 1; got {describe(steps)}")
     if seconds is not None and not seconds > 0:
         raise TetrisError(f"reorder: wanted seconds > 0 or None; got {describe(seconds)}")
-    return Options(seed, steps, Budget(seconds), progress)
+    return Options(seed, steps, Budget(seconds), progress, warm)

@@ -39,38 +39,60 @@ def sum_row_groups(matrix, labels, n_groups, chunk):
 
 
 @njit(cache=True)
-def _scan_leavers(values, order, offsets, g, h, zero):
+def _scan_leavers(values, order, offsets, g, h):
     """The largest value[x, h] - value[x, g] among the members of g, and the lowest position that has it."""
-    best, where = zero, np.int64(-1)
-    for position in range(offsets[g], offsets[g + 1]):
+    x = order[offsets[g]]
+    best, where = values[x, h] - values[x, g], offsets[g]
+    for position in range(offsets[g] + 1, offsets[g + 1]):
         x = order[position]
         difference = values[x, h] - values[x, g]
-        if where < 0 or difference > best:
+        if difference > best:
             best, where = difference, position
     return best, where
 
 
 @njit(cache=True)
-def _better(gain, i, j, other_gain, other_i, other_j):
-    """The tie rule: larger gain, then smaller i, then smaller j."""
-    if gain != other_gain:
-        return gain > other_gain
-    if i != other_i:
-        return i < other_i
-    return j < other_j
+def _scan_row(gain, who, g):
+    """The best partner h > g of group g: largest gain, then smallest positions (i, j)."""
+    best, largest = g + 1, gain[g, g + 1]
+    for h in range(g + 2, gain.shape[0]):
+        candidate = gain[g, h]
+        if candidate < largest:
+            continue
+        if candidate > largest or _precedes(who[g, h], who[h, g], who[g, best], who[best, g]):
+            best, largest = h, candidate
+    return best, largest
 
 
 @njit(cache=True)
-def _scan_row(leave, who, g):
-    """The best partner h > g of group g under the tie rule; -1 when g is the last group."""
-    n_groups = leave.shape[0]
-    best = -1
-    gain = leave[0, 0]
-    for h in range(g + 1, n_groups):
-        candidate = leave[g, h] + leave[h, g]
-        if best < 0 or _better(candidate, who[g, h], who[h, g], gain, who[g, best], who[best, g]):
-            best, gain = h, candidate
-    return best, gain
+def _precedes(i, j, other_i, other_j):
+    """The tie rule among equal gains: smaller i, then smaller j."""
+    return i < other_i or (i == other_i and j < other_j)
+
+
+@njit(cache=True)
+def _best_row(gain, who, bound, partner, exact):
+    """The row of the best swap. ``bound`` holds upper bounds; rows in the lead are rescanned until exact."""
+    while True:
+        lead = 0
+        for row in range(1, len(bound)):
+            if bound[row] > bound[lead]:
+                lead = row
+        ahead = bound[lead]
+        settled = True
+        for row in range(len(bound)):
+            if bound[row] == ahead and not exact[row]:
+                partner[row], bound[row] = _scan_row(gain, who, row)
+                exact[row] = True
+                settled = False
+        if not settled:
+            continue
+        for row in range(lead + 1, len(bound)):
+            if bound[row] == ahead and _precedes(
+                who[row, partner[row]], who[partner[row], row], who[lead, partner[lead]], who[partner[lead], lead]
+            ):
+                lead = row
+        return lead
 
 
 @njit(cache=True)
@@ -78,11 +100,13 @@ def greedy_swaps(values, order, offsets, epsilon, trace, max_swaps):
     """Algorithm 1's inner loop on groups: always the swap of the largest gain. ``order`` changes in place.
 
     ``leave[g, h]`` is the best that a member of g gains by moving to h, ``who[g, h]`` its position; the best swap of
-    two groups gains ``leave[g, h] + leave[h, g]``. A swap touches two groups, so O(R) entries change.
+    two groups gains ``gain[g, h] = leave[g, h] + leave[h, g]``, kept for g < h. A swap touches two groups, so O(R)
+    entries change. A row whose best entry fell keeps its old gain as an upper bound until it leads again.
     Returns the number of swaps; positions (i, j) of the first ``len(trace)`` are stored in ``trace``.
     """
     n_groups = len(offsets) - 1
-    zero = values[0, 0] - values[0, 0]
+    if n_groups < 2:
+        return 0
     leave = np.zeros((n_groups, n_groups), dtype=values.dtype)
     who = np.zeros((n_groups, n_groups), dtype=np.int64)
     for g in range(n_groups):
@@ -93,24 +117,16 @@ def greedy_swaps(values, order, offsets, epsilon, trace, max_swaps):
                 if position == offsets[g] or difference > leave[g, h]:
                     leave[g, h] = difference
                     who[g, h] = position
-    partner = np.empty(n_groups, dtype=np.int64)
-    gains = np.empty(n_groups, dtype=values.dtype)
-    for g in range(n_groups):
-        partner[g], gains[g] = _scan_row(leave, who, g)
+    gain = leave + leave.T
+    partner = np.empty(n_groups - 1, dtype=np.int64)
+    bound = np.empty(n_groups - 1, dtype=values.dtype)
+    exact = np.ones(n_groups - 1, dtype=np.bool_)
+    for g in range(n_groups - 1):
+        partner[g], bound[g] = _scan_row(gain, who, g)
     swaps = 0
     while swaps < max_swaps:
-        g = -1
-        for row in range(n_groups - 1):
-            if g < 0 or _better(
-                gains[row],
-                who[row, partner[row]],
-                who[partner[row], row],
-                gains[g],
-                who[g, partner[g]],
-                who[partner[g], g],
-            ):
-                g = row
-        if g < 0 or not gains[g] > epsilon:
+        g = _best_row(gain, who, bound, partner, exact)
+        if not bound[g] > epsilon:
             break
         h = partner[g]
         i, j = who[g, h], who[h, g]
@@ -121,29 +137,36 @@ def greedy_swaps(values, order, offsets, epsilon, trace, max_swaps):
         for side in range(2):
             group, position = (g, i) if side == 0 else (h, j)
             newcomer = order[position]
+            own = values[newcomer, group]
             for other in range(n_groups):
                 if other == group:
                     continue
-                difference = values[newcomer, other] - values[newcomer, group]
+                difference = values[newcomer, other] - own
                 if difference > leave[group, other]:
                     leave[group, other], who[group, other] = difference, position
                 elif who[group, other] == position:
-                    leave[group, other], who[group, other] = _scan_leavers(values, order, offsets, group, other, zero)
+                    leave[group, other], who[group, other] = _scan_leavers(values, order, offsets, group, other)
                 elif difference == leave[group, other] and position < who[group, other]:
                     who[group, other] = position
-        for row in range(n_groups - 1):
-            rescan = row in (g, h)
+        for other in range(n_groups):
+            for group in (g, h):
+                if other != group:
+                    gain[min(group, other), max(group, other)] = leave[group, other] + leave[other, group]
+        for row in (g, h):
+            if row < n_groups - 1:
+                partner[row], bound[row] = _scan_row(gain, who, row)
+                exact[row] = True
+        for row in range(h):
+            if row == g:
+                continue
             for column in (g, h):
-                if column <= row or rescan:
+                if column <= row:
                     continue
-                candidate, p = leave[row, column] + leave[column, row], partner[row]
-                if p == column:
-                    rescan = not candidate > gains[row]
-                    gains[row] = candidate
-                elif _better(candidate, who[row, column], who[column, row], gains[row], who[row, p], who[p, row]):
-                    partner[row], gains[row] = column, candidate
-            if rescan:
-                partner[row], gains[row] = _scan_row(leave, who, row)
+                candidate, p = gain[row, column], partner[row]
+                if candidate > bound[row]:
+                    partner[row], bound[row], exact[row] = column, candidate, True
+                elif p == column or candidate == bound[row]:
+                    exact[row] = False
     return swaps
 
 
@@ -152,39 +175,49 @@ def greedy_swaps_of_slices(contraction, positions, epsilon, trace, max_swaps):
     """Algorithm 1's inner loop on an n x n contraction (Section 4.2): rows move, each row's maximum is remembered.
 
     ``contraction[x, p]`` is the importance that slice x keeps at position p; ``positions[p]`` the slice now at p,
-    changed in place. Returns the number of swaps; the first ``len(trace)`` are stored in ``trace``.
+    changed in place. A row whose best entry fell keeps its old gain as an upper bound until it leads.
+    Returns the number of swaps; the first ``len(trace)`` are stored in ``trace``.
     """
     n = len(positions)
-    partner = np.empty(n, dtype=np.int64)
-    gains = np.empty(n, dtype=contraction.dtype)
+    if n < 2:
+        return 0
+    partner = np.empty(n - 1, dtype=np.int64)
+    bound = np.empty(n - 1, dtype=contraction.dtype)
+    exact = np.ones(n - 1, dtype=np.bool_)
     for row in range(n - 1):
-        partner[row], gains[row] = _scan_slices(contraction, positions, row)
+        partner[row], bound[row] = _scan_slices(contraction, positions, row)
     swaps = 0
     while swaps < max_swaps:
-        i = -1
-        for row in range(n - 1):
-            if i < 0 or gains[row] > gains[i]:
+        i = 0
+        for row in range(1, n - 1):
+            if bound[row] > bound[i]:
                 i = row
-        if i < 0 or not gains[i] > epsilon:
+        if not exact[i]:
+            partner[i], bound[i] = _scan_slices(contraction, positions, i)
+            exact[i] = True
+            continue
+        if not bound[i] > epsilon:
             break
         j = partner[i]
         positions[i], positions[j] = positions[j], positions[i]
         if swaps < len(trace):
             trace[swaps, 0], trace[swaps, 1] = i, j
         swaps += 1
-        for row in range(n - 1):
-            rescan = row in (i, j)
+        for row in (i, j):
+            if row < n - 1:
+                partner[row], bound[row] = _scan_slices(contraction, positions, row)
+                exact[row] = True
+        for row in range(j):
+            if row == i:
+                continue
             for column in (i, j):
-                if column <= row or rescan:
+                if column <= row:
                     continue
                 candidate = _slice_gain(contraction, positions, row, column)
-                if partner[row] == column:
-                    rescan = not candidate > gains[row]
-                    gains[row] = candidate
-                elif candidate > gains[row] or (candidate == gains[row] and column < partner[row]):
-                    partner[row], gains[row] = column, candidate
-            if rescan:
-                partner[row], gains[row] = _scan_slices(contraction, positions, row)
+                if candidate > bound[row]:
+                    partner[row], bound[row], exact[row] = column, candidate, True
+                elif partner[row] == column or candidate == bound[row]:
+                    exact[row] = False
     return swaps
 
 
@@ -198,9 +231,61 @@ def _slice_gain(contraction, positions, i, j):
 def _scan_slices(contraction, positions, i):
     """The lowest position j > i with the largest gain of swapping i and j."""
     best = i + 1
-    gain = _slice_gain(contraction, positions, i, best)
+    largest = _slice_gain(contraction, positions, i, best)
     for j in range(i + 2, len(positions)):
         candidate = _slice_gain(contraction, positions, i, j)
-        if candidate > gain:
-            best, gain = j, candidate
-    return best, gain
+        if candidate > largest:
+            best, largest = j, candidate
+    return best, largest
+
+
+@njit(cache=True)
+def split_pair(values, order, offsets, g, h, epsilon):
+    """Split the members of two groups anew, optimally: swap best leavers while a swap gains more than epsilon.
+
+    Returns the number of swaps.
+    """
+    swaps = 0
+    while True:
+        first, i = _scan_leavers(values, order, offsets, g, h)
+        second, j = _scan_leavers(values, order, offsets, h, g)
+        if not first + second > epsilon:
+            return swaps
+        order[i], order[j] = order[j], order[i]
+        swaps += 1
+
+
+@njit(cache=True)
+def tournament_pair(n_even, turn, k):
+    """The k-th pair of a round-robin tournament's turn (circle method); turns 0..n_even-2, k in 0..n_even/2-1."""
+    if k == 0:
+        return n_even - 1, turn
+    return (turn + k) % (n_even - 1), (turn - k) % (n_even - 1)
+
+
+@njit(cache=True)
+def sweep(values, order, offsets, players, first_turn, turns, epsilon):
+    """Turns of a round-robin tournament in which every pair of groups is split anew; returns the number of swaps."""
+    n_groups = len(offsets) - 1
+    n_even = n_groups + n_groups % 2
+    swaps = 0
+    for turn in range(first_turn, first_turn + turns):
+        for k in range(n_even // 2):
+            a, b = tournament_pair(n_even, turn % (n_even - 1), k)
+            if a < n_groups and b < n_groups:
+                swaps += split_pair(values, order, offsets, players[a], players[b], epsilon)
+    return swaps
+
+
+@njit(cache=True, parallel=True)
+def sweep_parallel(values, order, offsets, players, first_turn, turns, epsilon):
+    """:func:`sweep` with the disjoint pairs of a turn on all cores; the same result."""
+    n_groups = len(offsets) - 1
+    n_even = n_groups + n_groups % 2
+    swaps = 0
+    for turn in range(first_turn, first_turn + turns):
+        for k in prange(n_even // 2):
+            a, b = tournament_pair(n_even, turn % (n_even - 1), k)
+            if a < n_groups and b < n_groups:
+                swaps += split_pair(values, order, offsets, players[a], players[b], epsilon)
+    return swaps

@@ -32,3 +32,9 @@ class Partition:
         """int64 [n]: the group that owns every position."""
         groups = torch.arange(self.n_groups, device=self.order.device)
         return torch.repeat_interleave(groups, self.offsets.diff())
+
+    def labels(self) -> torch.Tensor:
+        """int64 [n]: the group of every slice."""
+        labels = torch.empty_like(self.order)
+        labels[self.order] = self.group_of_position()
+        return labels

@@ -6,8 +6,9 @@ consumers' inputs) name the same key: their M-step values add (eq. 9 is a sum), 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class BlockProblem:
 class System:
     """Problems and the partitions that order them. Group sums are cached until a partition they depend on changes."""
 
-    def __init__(self, problems: list[BlockProblem], orders: dict[Key, torch.Tensor] | None = None) -> None:
+    def __init__(self, problems: list[BlockProblem], orders: Mapping[Any, torch.Tensor] | None = None) -> None:
         """``orders``: starting permutations by key, the identity for the others."""
         self.problems = problems
         self.partitions: dict[Key, Partition] = {}

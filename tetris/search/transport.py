@@ -1,0 +1,97 @@
+"""The exact M-step. With the mask fixed, assigning slices to groups is a transportation problem (eq. 8, solved).
+
+Pairs of groups are split optimally first, which gets nearly all of the gain. What is left are cycles: a slice moves
+from g to h, another from h to k, a third from k to g. They are cancelled on the graph of groups, whose edge (g, h)
+carries the best move from g to h, until Bellman-Ford finds none. Its potentials are prices of places in each group:
+when every slice sits where ``value - price`` is largest, no assignment is better (linear programming duality).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tetris.permutation import identity
+from tetris.search.partition import Partition
+
+_MAX_SWEEPS = 4
+_MAX_PASSES = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Proof that an M-step is optimal: prices of a place in every group.
+
+    Attributes:
+        prices: float64 [R]; see :func:`optimality_gap`.
+        gap: bound on how much importance any other assignment could gain for this mask; rounding only, if optimal.
+        kept: importance that the assignment keeps under the mask.
+    """
+
+    prices: torch.Tensor
+    gap: float
+    kept: float
+
+    @property
+    def is_optimal(self) -> bool:
+        """Whether nothing but rounding is left to gain."""
+        return self.gap <= 1e-9 * max(self.kept, 1e-300)
+
+
+def optimality_gap(values: torch.Tensor, labels: torch.Tensor, prices: torch.Tensor) -> float:
+    """How much any other assignment could gain at most: sum of what each slice would gain at these prices.
+
+    With v = values and p = prices, any assignment with the same group sizes keeps at most
+    sum_x max_h (v[x, h] - p[h]) + sum of the prices of all places.
+
+    Args:
+        values: [n, R]; labels: int64 [n], the group of every slice; prices: float64 [R].
+    """
+    gap = 0.0
+    for rows, groups in zip(values.split(4096), labels.split(4096)):
+        reduced = rows.double() - prices.to(rows.device)
+        own = reduced.gather(1, groups[:, None])
+        gap += float((reduced.max(1, keepdim=True).values - own).sum())
+    return gap
+
+
+def exact(values: torch.Tensor, partition: Partition) -> int:
+    """Assign slices to groups optimally; ``partition.order`` changes in place. Returns the number of moves."""
+    return solve(values, partition)[0]
+
+
+def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor]:
+    """Like :func:`exact`; returns the number of moves and the prices (float64 [R], CPU) that prove optimality.
+
+    Raises:
+        RuntimeError: the cycle search did not end (it always does, short of a defect).
+    """
+    from tetris.search import numba_kernels, numba_transport
+
+    host, order, offsets = values.cpu().contiguous().numpy(), partition.order.cpu(), partition.offsets.cpu().numpy()
+    players, n_groups = identity(partition.n_groups).numpy(), partition.n_groups
+    tolerance = 64 * torch.finfo(torch.float64).eps * max(float(values.max()), 0.0)
+    prices = torch.zeros(n_groups, dtype=torch.float64)
+    moves = 0
+    for _ in range(_MAX_SWEEPS if n_groups > 1 else 0):
+        turns = n_groups - 1 + n_groups % 2
+        swaps = numba_kernels.sweep(host, order.numpy(), offsets, players, 0, turns, host.dtype.type(tolerance))
+        moves += int(swaps)
+        if not swaps:
+            break
+    cancelled, finished = numba_transport.cancel_cycles(
+        host, order.numpy(), offsets, prices.numpy(), tolerance, _MAX_PASSES
+    )
+    if not finished:
+        raise RuntimeError("exact M-step: the cycle search did not end; please report this weight")
+    partition.order.copy_(order)
+    return moves + int(cancelled), prices
+
+
+def certify(values: torch.Tensor, partition: Partition) -> Certificate:
+    """The certificate of a partition that :func:`exact` left: one more solve, which finds nothing to move."""
+    _, prices = solve(values, Partition(partition.order.clone(), partition.offsets))
+    labels = partition.labels()
+    kept = float(values.gather(1, labels[:, None]).sum(dtype=torch.float64))
+    return Certificate(prices, optimality_gap(values, labels, prices), kept)
