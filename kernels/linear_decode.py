@@ -2,9 +2,9 @@
 
 y[m, o] = activation(sum over kept blocks of W[o, k] x[m, k] + bias[o] + residual[m, o]), as in ``linear``.
 
-A program computes TILE_OUT output features of one block row for all tokens, so nothing is summed across programs; a step
-takes TILE_K / BLOCK_IN kept blocks at once, so that enough loads are in flight. One token is multiplied by ordinary
-arithmetic, up to 16 by matrix instructions with the tokens as the right operand.
+A program computes TILE_OUT output features of one block row for all tokens, so nothing is summed across programs; a
+step takes TILE_K / BLOCK_IN kept blocks at once, so that enough loads are in flight. One token is multiplied by
+ordinary arithmetic, up to 16 by matrix instructions with the tokens as the right operand.
 """
 
 from __future__ import annotations
@@ -58,8 +58,12 @@ def linear_decode_kernel(
         acc = tl.zeros((TILE_OUT, TILE_M), tl.float32)
     for k0 in tl.range(begin, end, TILE_K, num_stages=STAGES):
         kept = k0 + offs_k < end
-        block = k0 // BLOCK_IN + offs_k // BLOCK_IN
-        k = offs_k % BLOCK_IN
+        if TILE_K % BLOCK_IN == 0:  # a step begins with a block: the compiler sees which addresses are neighbours
+            block = k0 // BLOCK_IN + offs_k // BLOCK_IN
+            k = offs_k % BLOCK_IN
+        else:
+            block = (k0 + offs_k) // BLOCK_IN
+            k = (k0 + offs_k) % BLOCK_IN
         w_offsets = block.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + k
         mask_w = (row_o < BLOCK_OUT)[:, None] & kept[None, :]
         w = tl.load(w_ptr + row_o[:, None] * BLOCK_IN + w_offsets[None, :], mask=mask_w, other=0.0)

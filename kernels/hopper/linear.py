@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
@@ -57,7 +59,7 @@ def block_sparse_linear(
     output_permutation: torch.Tensor | None = None,
     allow_tf32: bool = False,
     config: LinearConfig,
-    schedule: LinearSchedule | None = None,
+    schedule: Sequence[torch.Tensor] | LinearSchedule | None = None,
     IN_FLIGHT: int = 1,
 ) -> torch.Tensor:
     """As :func:`tetris.kernels.linear.block_sparse_linear`, for problems that :func:`supports` takes.
@@ -89,6 +91,7 @@ def block_sparse_linear(
             indptr, indices, in_features=in_features, block=(block_out, block_in), tokens=tokens,
             tile_tokens=config.tile_tokens, n_programs=programs,
         )  # fmt: skip
+    pairs, entries, program_ptr, order = schedule.tensors if isinstance(schedule, LinearSchedule) else schedule
     tile_k = min(block_in, STAGE_K)
     parts = max(1, STRIP // block_out)
     rows = STRIP // parts
@@ -98,17 +101,17 @@ def block_sparse_linear(
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
     y_desc = describe(y, [STRIP, rows])
-    block_sparse_linear_kernel[(schedule.tasks.programs,)](
+    block_sparse_linear_kernel[(len(program_ptr) - 1,)](
         describe(x2, [config.tile_tokens, tile_k]),
         describe(values.view(-1, block_in), [rows, tile_k]),
         y_desc,
         y_desc if residual is None else describe(residual.reshape(tokens, out_features), [STRIP, rows]),
         y if bias is None else bias,
-        schedule.pairs,
-        schedule.entries,
-        schedule.tasks.program_ptr,
-        schedule.tasks.order,
-        len(schedule.pairs),
+        pairs,
+        entries,
+        program_ptr,
+        order,
+        len(pairs),
         out_features,
         TILE_M=config.tile_tokens,
         TILE_K=tile_k,

@@ -2,16 +2,16 @@
 
 y[m, o] = epilogue(sum over kept blocks (o-block, k-block) of W[o, k] x[m, k]).
 
-A *strip* is 64 output features: one block row of 64, half a block row of 128, or two block rows of 32. A program works on a
-pair of strips and ``TILE_M`` tokens at a time; each matrix warp group owns one strip and holds its [64, TILE_M] sums in
-registers. Both read the same stream of input tiles, so that an input tile kept by both strips is fetched once: fetching
-tiles, not multiplying, bounds a block-sparse product of 64-row blocks. The stream of a pair is its *stages* (64 input
-features each), in three parts: kept by both strips, then alternately by strip 0 and strip 1, then by the longer one alone
-(see ``linear_schedule``). Every warp group waits for and releases every stage, also those it does not use, because a
-barrier's parity tells only neighbouring phases apart.
+A *strip* is 64 output features: one block row of 64, half a block row of 128, or two block rows of 32. A program works
+on a pair of strips and ``TILE_M`` tokens at a time; each matrix warp group owns one strip and holds its [64, TILE_M]
+sums in registers. Both read the same stream of input tiles, so that an input tile kept by both strips is fetched once:
+fetching tiles, not multiplying, bounds a block-sparse product of 64-row blocks. The stream of a pair is its *stages*
+(64 input features each), in three parts: kept by both strips, then alternately by strip 0 and strip 1, then by the
+longer one alone (see ``linear_schedule``). Every warp group waits for and releases every stage, also those it does not
+use, because a barrier's parity tells only neighbouring phases apart.
 
-Weights are wgmma's left operand and tokens the right one, both in shared memory: with 256 tokens an instruction then reads
-80 bytes a clock of the 128 that shared memory delivers.
+Weights are wgmma's left operand and tokens the right one, both in shared memory: with 256 tokens an instruction then
+reads 80 bytes a clock of the 128 that shared memory delivers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tetris.kernels.hopper.epilogue_device import activate
 
+
 @gluon.jit
 def _token_halves(acc, HALF: gl.constexpr, LAYOUT: gl.constexpr):
     """Both token halves of ``acc`` [64, 2 * HALF] as [64, HALF] each; moves no data between threads."""
@@ -41,7 +42,7 @@ def _producer(
     TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
     BLOCK_IN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring: per stage GROUP input tiles [TILE_M, TILE_K] and the weight tiles of the strips that keep them."""
+    """Fills the ring: a stage is GROUP input tiles [TILE_M, TILE_K] and the weight tiles of the strips that keep them."""
     WIDTH: gl.constexpr = 1 + 2 * PARTS
     X_BYTES: gl.constexpr = GROUP * TILE_M * TILE_K * xbuf.dtype.primitive_bitwidth // 8
     W_BYTES: gl.constexpr = GROUP * 64 * TILE_K * xbuf.dtype.primitive_bitwidth // 8
@@ -184,7 +185,6 @@ def block_sparse_linear_kernel(
 ):  # fmt: skip
     """Entry point; see the module's docstring."""
     DTYPE: gl.constexpr = x_desc.dtype
-    BITS: gl.constexpr = DTYPE.primitive_bitwidth
     xbuf = gl.allocate_shared_memory(DTYPE, [STAGES * GROUP, TILE_M, TILE_K], x_desc.layout)
     wbuf = gl.allocate_shared_memory(DTYPE, [STAGES * 2 * GROUP * PARTS, 64 // PARTS, TILE_K], w_desc.layout)
     ybuf = gl.allocate_shared_memory(DTYPE, [4 * PARTS, 64, 64 // PARTS], y_desc.layout)

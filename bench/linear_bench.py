@@ -1,0 +1,310 @@
+"""Block-sparse linear layers against cuBLAS, torch's BSR (default and swept) and stanford-stk.
+
+The cases are those that the project sets itself targets for: VGG16's classifier, a transformer's projections from one
+token to 8192, several block shapes, random and reordered layouts. cuBLAS multiplies dense random weights, not pruned
+ones (a product of zeros draws less power and runs faster). Short cases run from CUDA graphs with a cold L2, because
+there the weights come from memory in practice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from tetris.autotune.ceilings import Ceilings, measure_ceilings
+from tetris.autotune.device import device_info, device_name, versions
+from tetris.autotune.timer import time_us
+from tetris.bench.cases import LAYOUTS, LinearCase
+from tetris.bench.report import table
+from tetris.bench.rows import Row
+from tetris.kernels.configs import LinearConfig, LinearProblem, default_linear_config
+from tetris.kernels.linear_paths import choose_linear_config, linear_launcher
+from tetris.layout import BlockLayout
+from tetris.packing import pack
+from tetris.tolerances import relative_error, tolerance
+
+BASELINE = "cublas"
+CHECKED_TOKENS = 512
+"""Rows of the result that are compared with float64; the first and the last ones, where tiles are incomplete."""
+
+SHORT_TOKENS = 1024
+"""Up to here a case runs from a CUDA graph with a cold L2."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, its block and its layout. ``floor`` and ``target``: the speedups over cuBLAS that were set as goals."""
+
+    layer: LinearCase
+    block: tuple[int, int]
+    layout: str = "random"
+    floor: float = math.nan
+    target: float = math.nan
+
+    @property
+    def name(self) -> str:
+        layer = self.layer
+        block = f"{self.block[0]}x{self.block[1]}"
+        return f"{layer.tokens} x {layer.name} b{block} {layer.kept:.0%} {self.layout}"
+
+
+def _square(tokens: int, kept: float = 0.27) -> LinearCase:
+    return LinearCase("4096-4096", 4096, 4096, tokens, kept)
+
+
+FC6 = LinearCase("25088-4096", 25088, 4096, 4096, 0.04)
+UP = LinearCase("4096-14336", 4096, 14336, 1, 0.27)
+
+CASES: tuple[Case, ...] = (
+    Case(_square(8192), (64, 64), "random", 2.4, 3.2),
+    Case(_square(8192), (64, 64), "reordered", 2.4, 3.2),
+    Case(_square(8192), (32, 32), "random", 1.7, 2.6),
+    Case(_square(8192), (32, 32), "reordered", 1.7, 2.6),
+    Case(_square(8192), (128, 128), "random", 2.9, 3.4),
+    Case(_square(8192), (128, 128), "reordered", 2.9, 3.4),
+    Case(_square(8192), (128, 32), "random", 2.5, 3.3),
+    Case(_square(8192), (128, 32), "reordered", 2.5, 3.3),
+    Case(_square(8192), (128, 16), "random", 2.5, 3.3),
+    Case(_square(8192), (128, 16), "reordered", 2.5, 3.3),
+    Case(LinearCase("14336-4096", 14336, 4096, 8192, 0.10), (64, 64), "random", 6, 8),
+    Case(FC6, (64, 64), "random", 10, 18),
+    Case(FC6.at(128), (64, 64), "random", 5, 12),
+    Case(UP, (64, 64), "random", 2.2, 3.3),
+    Case(UP.at(16), (64, 64), "random", 2.2, 3.3),
+    Case(_square(128), (64, 64), "random", 1.6, 2.8),
+    Case(_square(1024), (64, 64), "random"),
+    Case(_square(8192, 0.60), (64, 64), "random", 1.0),
+    Case(_square(8192, 0.75), (64, 64), "random"),
+    Case(_square(8192, 0.90), (64, 64), "random", math.nan, 1.0),
+)
+
+QUICK_CASES: tuple[Case, ...] = (
+    Case(LinearCase("256-256", 256, 256, 128, 0.27), (64, 64)),
+    Case(LinearCase("256-256", 256, 256, 8, 0.27), (32, 32), "reordered"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--sweep", type=int, default=10, help="torch BSR configurations tried a case; 0 = no sweep")
+    parser.add_argument("--repeats", type=int, default=15)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One case's tensors: x [tokens, in], the pruned weight, the packed blocks, and the float64 result of some rows."""
+
+    layout: BlockLayout
+    x: torch.Tensor
+    dense: torch.Tensor
+    pruned: torch.Tensor
+    values: torch.Tensor
+    rows: torch.Tensor
+    reference: torch.Tensor
+
+    @staticmethod
+    def of(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
+        """Random operands; the layout of the case's kind."""
+        layer = case.layer
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        shape = (layer.out_features, layer.in_features)
+        layout = LAYOUTS[case.layout](shape, case.block, layer.kept, seed=seed).without_empty_rows()
+        layout = BlockLayout(layout.shape, layout.block, layout.indptr.to(device), layout.indices.to(device))
+        mask = layout.to_mask().repeat_interleave(case.block[0], 0).repeat_interleave(case.block[1], 1)
+        dense = (normal(*shape) / layer.in_features**0.5).to(dtype)
+        pruned = dense * mask[: shape[0], : shape[1]]
+        x = normal(layer.tokens, layer.in_features).to(dtype)
+        half = CHECKED_TOKENS // 2
+        every = torch.arange(layer.tokens, device=device)
+        rows = every if layer.tokens <= CHECKED_TOKENS else torch.cat([every[:half], every[-half:]])
+        reference = x[rows].double() @ pruned.double().T
+        return Operands(layout, x, dense, pruned, pack(pruned, layout), rows, reference)
+
+
+def tetris_callable(operands: Operands, config: LinearConfig) -> Callable[[], torch.Tensor]:
+    """Our layer with that config, its schedule made beforehand."""
+    layout, x = operands.layout, operands.x
+    extra = {}
+    if config.kernel == "hopper":
+        from tetris.kernels.hopper.linear_schedule import make_linear_schedule
+
+        extra["schedule"] = make_linear_schedule(
+            layout.indptr,
+            layout.indices,
+            in_features=layout.shape[1],
+            block=layout.block,
+            tokens=x.shape[0],
+            tile_tokens=config.tile_tokens,
+            n_programs=device_info(x.device).sm_count,
+        ).tensors
+    launch = linear_launcher(config.kernel)
+    return lambda: launch(
+        x,
+        operands.values,
+        layout.indptr,
+        layout.indices,
+        out_features=layout.shape[0],
+        allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+        config=config,
+        **extra,
+    )
+
+
+def tetris_cpu_callable(operands: Operands) -> Callable[[], torch.Tensor]:
+    """Our layer on a CPU."""
+    from tetris.kernels.cpu.linear import block_sparse_linear
+
+    layout = operands.layout
+    return lambda: block_sparse_linear(
+        operands.x, operands.values, layout.indptr, layout.indices, out_features=layout.shape[0]
+    )
+
+
+def bsr_tensor(operands: Operands) -> torch.Tensor:
+    """The pruned weight as torch's BSR tensor."""
+    layout = operands.layout
+    if any(size % block for size, block in zip(layout.shape, layout.block)):
+        raise ValueError(f"BSR wants whole blocks; {layout.shape} is no multiple of {layout.block}")
+    return torch.sparse_bsr_tensor(layout.indptr, layout.indices, operands.values, size=layout.shape)
+
+
+def bsr_metas(tokens: int, budget: int) -> list[dict[str, int]]:
+    """Launch parameters of torch's BSR kernel, the likeliest first, at most ``budget`` of them."""
+    tiles = [tile for tile in (64, 128) if tokens % tile == 0] or [tokens]
+    metas = [
+        {"SPLIT_N": tokens // tile, "GROUP_SIZE_ROW": group, "num_stages": stages, "num_warps": warps}
+        for stages in (3, 4, 2, 5, 1)
+        for group in (4, 1, 8)
+        for warps in (4, 8, 2)
+        for tile in reversed(tiles)
+    ]
+    return metas[:budget]
+
+
+def bsr_callable(operands: Operands, meta: dict[str, int] | None) -> Callable[[], torch.Tensor]:
+    """torch's own block-sparse product; ``meta`` None takes its default parameters."""
+    from torch.sparse._triton_ops import bsr_dense_addmm
+
+    weight, x = bsr_tensor(operands), operands.x
+    columns = x.T
+    zero = torch.zeros((), dtype=x.dtype, device=x.device).expand(weight.shape[0], x.shape[0])
+    return lambda: bsr_dense_addmm(zero, weight, columns, beta=0, meta=meta).T
+
+
+def swept_bsr(operands: Operands, budget: int, device: str) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
+    """The fastest of ``budget`` BSR parameter sets and its parameters; sets that do not fit the GPU are passed over."""
+    from triton.runtime.errors import OutOfResources
+
+    candidates, metas = {}, {}
+    for meta in bsr_metas(operands.x.shape[0], budget):
+        run = bsr_callable(operands, meta)
+        try:
+            run()
+        except OutOfResources:
+            continue
+        candidates[str(meta)], metas[str(meta)] = run, meta
+    times = time_us(candidates, device=device, warmup=1, repeats=3)
+    best = min(times, key=lambda name: times[name].median_us)
+    return candidates[best], metas[best]
+
+
+def providers(
+    case: Case, operands: Operands, dtype: str, device: str, sweep: int
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, str], dict[str, str]]:
+    """(callables, notes on them, why others are missing) by provider."""
+    runs: dict[str, Callable[[], torch.Tensor]] = {BASELINE: lambda: F.linear(operands.x, operands.dense)}
+    notes: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    if device == "cpu":
+        runs["tetris"] = tetris_cpu_callable(operands)
+        return runs, notes, missing
+    layer, info = case.layer, device_info(device)
+    problem = LinearProblem(
+        layer.tokens, layer.in_features, layer.out_features, case.block, dtype, operands.layout.n_blocks
+    )
+    config = choose_linear_config(problem, info)
+    runs["tetris"], notes["tetris"] = tetris_callable(operands, config), config.kernel
+    if config.kernel != "portable":
+        runs["tetris portable"] = tetris_callable(operands, default_linear_config(problem, info))
+    if layer.tokens >= 16:
+        runs["torch BSR"] = bsr_callable(operands, None)
+        if sweep:
+            runs["torch BSR swept"], meta = swept_bsr(operands, sweep, device)
+            notes["torch BSR swept"] = str(meta)
+    else:
+        missing["torch BSR"] = "skipped: it takes 16 tokens and more"
+    missing["stanford-stk"] = _stk_status(case)
+    return runs, notes, missing
+
+
+def _stk_status(case: Case) -> str:
+    if importlib.util.find_spec("stk") is None:
+        return "skipped: not installed"
+    return "skipped: blocks of 128 x 128 only" if case.block != (128, 128) else "skipped: no adapter"
+
+
+def measure(case: Case, args: argparse.Namespace, ceilings: Ceilings | None) -> list[Row]:
+    """The rows of one case."""
+    dtype = getattr(torch, args.dtype)
+    operands = Operands.of(case, dtype, args.device)
+    runs, notes, missing = providers(case, operands, args.dtype, args.device, args.sweep)
+    allowed = tolerance(dtype, torch.backends.cuda.matmul.allow_tf32)
+    errors: dict[str, float] = {}
+    status: dict[str, str] = {}
+    for name, run in list(runs.items()):
+        reference = operands.x[operands.rows].double() @ operands.dense.double().T if name == BASELINE else None
+        errors[name] = relative_error(run()[operands.rows], operands.reference if reference is None else reference)
+        status[name] = "ok" if errors[name] <= allowed else "wrong"
+        if status[name] != "ok":
+            del runs[name]
+    short = case.layer.tokens <= SHORT_TOKENS and args.device == "cuda"
+    times = time_us(runs, device=args.device, repeats=args.repeats, cuda_graph=short, cold_l2=short)
+    kept = operands.layout.kept_fraction
+    flop, size = case.layer.flop(kept), case.layer.bytes(kept, dtype.itemsize)
+    base = Row(
+        "linear", case.name, BASELINE, flop=flop, bytes=size, device=device_name(args.device), versions=versions(),
+        extra={"tokens": case.layer.tokens, "block": f"{case.block[0]}x{case.block[1]}", "kept": kept,
+               "layout": case.layout, "floor": case.floor, "target": case.target, "dtype": args.dtype},
+    )  # fmt: skip
+    rows = [replace(base, provider=name, status=why) for name, why in missing.items()]
+    for name in errors:
+        extra = base.extra | {"note": notes.get(name, "")}
+        row = replace(base, provider=name, error=errors[name], status=status[name], extra=extra)
+        if name in times:
+            t = times[name]
+            least = ceilings.least_us(flop, size) if ceilings else math.nan
+            row = replace(
+                row, median_us=t.median_us, p10_us=t.p10_us, p90_us=t.p90_us, roofline_fraction=least / t.median_us,
+                speedup=times[BASELINE].median_us / t.median_us if BASELINE in times else math.nan,
+            )  # fmt: skip
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.provider != BASELINE)
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Measure all cases (those that match), print each as it is done."""
+    cases = QUICK_CASES if args.quick or args.device == "cpu" else CASES
+    ceilings = measure_ceilings(args.device, getattr(torch, args.dtype)) if args.device == "cuda" else None
+    rows: list[Row] = []
+    for case in cases:
+        if args.match in case.name:
+            rows += measure(case, args, ceilings)
+            print(rows[-1].case, flush=True)
+    return rows
+
+
+def show(rows: list[Row]) -> str:
+    """The table of a run."""
+    return table(rows, extra=("floor", "target"))

@@ -1,0 +1,61 @@
+"""Which of the linear kernels runs a problem: pure functions of the problem and the device, and a table of launchers.
+
+Few tokens are bound by reading the kept weights ("decode"), many by arithmetic and by fetching input tiles ("hopper"
+where the GPU and the shapes allow it), everything else and everything in between is "portable". The choice is data in
+the config; no path is tried and given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, default_linear_config, padded_block
+from tetris.kernels.hopper.linear import supports as hopper_supports
+from tetris.layout import ceil_div
+
+DECODE_TOKENS = 16
+"""Up to one matrix instruction's columns of tokens."""
+
+
+def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
+    """Programs of few features and steps of several blocks, so that every multiprocessor has loads in flight."""
+    out, k = padded_block(problem.block)
+    return LinearConfig(
+        kernel="decode", tile_tokens=DECODE_TOKENS, tile_out=min(out, 16), tile_k=max(k, 256), num_warps=4, num_stages=1
+    )
+
+
+def hopper_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
+    """256 tokens a task where that leaves most multiprocessors busy, else 128."""
+    pairs = ceil_div(problem.out_features, 128)
+    enough = pairs * ceil_div(problem.tokens, 256) >= 0.7 * device.sm_count
+    return LinearConfig(kernel="hopper", tile_tokens=256 if enough else 128)
+
+
+def choose_linear_config(problem: LinearProblem, device: DeviceInfo, *, permuted: bool = False) -> LinearConfig:
+    """The config for a problem nobody tuned.
+
+    Args:
+        permuted: whether the call gathers its inputs or scatters its outputs; whole tiles then cannot move by TMA.
+    """
+    if problem.tokens <= DECODE_TOKENS:
+        return decode_config(problem, device)
+    config = hopper_config(problem, device)
+    tasks = ceil_div(problem.out_features, 128) * ceil_div(problem.tokens, config.tile_tokens)
+    if not permuted and tasks >= 0.7 * device.sm_count and hopper_supports(problem, device, config) is None:
+        return config
+    return replace(default_linear_config(problem, device), kernel="portable")
+
+
+def linear_launcher(kernel: str) -> Callable[..., torch.Tensor]:
+    """The launcher of a config's ``kernel``; imports Triton."""
+    if kernel == "hopper":
+        from tetris.kernels.hopper.linear import block_sparse_linear as launch
+    elif kernel == "decode":
+        from tetris.kernels.linear_decode import block_sparse_linear as launch
+    else:
+        from tetris.kernels.linear import block_sparse_linear as launch
+    return launch

@@ -1,0 +1,114 @@
+"""The Hopper linear layer's offline schedule: replayed in plain torch it must compute x W^T, each block once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tetris.kernels.hopper.linear_schedule import STAGE_K, STRIP, LinearSchedule, make_linear_schedule, match_rows
+from tetris.layout import BlockLayout, ceil_div
+from tetris.packing import pack
+
+
+def layout_of(shape: tuple[int, int], block: tuple[int, int], kept: float, seed: int = 0) -> BlockLayout:
+    generator = torch.Generator().manual_seed(seed)
+    grid = ceil_div(shape[0], block[0]), ceil_div(shape[1], block[1])
+    return BlockLayout.from_mask(torch.rand(grid, generator=generator) < kept, shape, block).without_empty_rows()
+
+
+def schedule_of(layout: BlockLayout, tokens: int = 300, tile_tokens: int = 128, n_programs: int = 5) -> LinearSchedule:
+    return make_linear_schedule(
+        layout.indptr,
+        layout.indices,
+        in_features=layout.shape[1],
+        block=layout.block,
+        tokens=tokens,
+        tile_tokens=tile_tokens,
+        n_programs=n_programs,
+    )
+
+
+def box(matrix: torch.Tensor, row: int, column: int, rows: int, columns: int) -> torch.Tensor:
+    """What a tensor descriptor loads: zeros outside of the matrix."""
+    tile = torch.zeros(rows, columns, dtype=matrix.dtype)
+    inside = matrix[row : row + rows, column : column + columns]
+    tile[: inside.shape[0], : inside.shape[1]] = inside
+    return tile
+
+
+def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Runs the schedule as the device code does: stages in order, both strips of a pair, all tasks of all programs."""
+    block_out, block_in = layout.block
+    tile_k = min(block_in, STAGE_K)
+    parts, group = max(1, STRIP // block_out), STAGE_K // tile_k
+    rows = STRIP // parts
+    weights = values.reshape(-1, block_in)
+    y = torch.full((len(x), layout.shape[0]), torch.nan, dtype=x.dtype)
+    for task in schedule.tasks.order.tolist():
+        token = task // len(schedule.pairs) * schedule.tile_tokens
+        first, shared, own0, own1, *features = schedule.pairs[task % len(schedule.pairs)].tolist()
+        both = min(own0, own1)
+        acc = torch.zeros(2, STRIP, schedule.tile_tokens, dtype=x.dtype)
+        for stage in range(shared + own0 + own1):
+            alternating, rest = stage - shared, stage - shared - 2 * both
+            for entry in schedule.entries[first + stage * group :][:group].tolist():
+                for strip in range(2):
+                    uses = stage < shared or (alternating % 2 == strip if rest < 0 else (own0, own1)[strip] > both)
+                    tiles = entry[1 + strip * parts :][:parts]
+                    assert all((tile >= 0) == uses for tile in tiles)
+                    if uses:
+                        w = torch.cat([box(weights, tile, entry[0] % block_in, rows, tile_k) for tile in tiles])
+                        acc[strip] += w @ box(x, token, entry[0], schedule.tile_tokens, tile_k).T
+        for part, feature in enumerate(features[: 2 * parts]):
+            target = y[token : token + schedule.tile_tokens, feature : feature + rows]
+            assert target.isnan().all(), "stored twice"
+            source = acc.reshape(2 * parts, rows, -1)[part].T
+            target.copy_(source[: target.shape[0], : target.shape[1]])
+    return y
+
+
+@pytest.mark.parametrize("block", [(32, 32), (32, 64), (64, 16), (64, 32), (64, 64), (128, 16), (128, 128), (192, 64)])
+@pytest.mark.parametrize("shape", [(384, 256), (200, 264), (64, 64)])
+def test_replay_is_the_product(block: tuple[int, int], shape: tuple[int, int]) -> None:
+    layout = layout_of(shape, block, 0.4)
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(shape, generator=generator, dtype=torch.float64)
+    kept = layout.to_mask().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
+    x = torch.randn(300, shape[1], generator=generator, dtype=torch.float64)
+    y = replay(schedule_of(layout), layout, pack(dense * kept, layout), x)
+    torch.testing.assert_close(y, x @ (dense * kept).T)
+
+
+def test_every_task_runs_once_and_lists_cover_all_programs() -> None:
+    layout = layout_of((512, 512), (64, 64), 0.3)
+    schedule = schedule_of(layout, tokens=1000)
+    assert sorted(schedule.tasks.order.tolist()) == list(range(8 * len(schedule.pairs)))
+    assert schedule.tasks.programs == 5
+    assert int(schedule.tasks.program_ptr[-1]) == len(schedule.tasks.order)
+
+
+def test_strips_with_the_same_blocks_fetch_every_tile_once() -> None:
+    mask = torch.zeros(4, 16, dtype=torch.bool)
+    mask[0, :8] = mask[3, :8] = mask[1, 8:] = mask[2, 8:] = True
+    schedule = schedule_of(BlockLayout.from_mask(mask, (256, 1024), (64, 64)))
+    assert (schedule.fetched_stages, schedule.used_stages) == (16, 32)
+    assert {tuple(sorted(pair[4:6])) for pair in schedule.pairs.tolist()} == {(0, 192), (64, 128)}
+
+
+def test_matching_joins_every_row_once_and_beats_neighbours() -> None:
+    mask = np.random.default_rng(0).random((63, 128)) < 0.27
+    couples = match_rows(mask)
+    assert sorted(row for couple in couples for row in couple) == list(range(63))
+    assert [len(couple) for couple in couples].count(1) == 1
+    common = sum((mask[a] & mask[b]).sum() for a, b in (c for c in couples if len(c) == 2))
+    neighbours = sum((mask[a] & mask[a + 1]).sum() for a in range(0, 62, 2))
+    assert common > 1.4 * neighbours
+
+
+def test_rows_of_32_that_keep_the_same_blocks_are_joined_without_zeros() -> None:
+    mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.3
+    layout = BlockLayout.from_mask(mask.repeat(4, 1), (512, 1024), (32, 32)).without_empty_rows()
+    schedule = schedule_of(layout)
+    ideal = layout.n_blocks * 32 * 32 / (STRIP * STAGE_K)
+    assert schedule.used_stages <= ideal + len(schedule.pairs) * 2  # only the last stage of a strip is padded
