@@ -1,0 +1,168 @@
+"""Which configurations a problem can run with: every kernel's fields, kept to what the device holds.
+
+Pure functions of the problem and the device; the first configuration is always the analytic default. Whether a choice
+is any good is the business of :mod:`tetris.autotune.cost` and of measuring.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tetris.autotune.problems import Problem
+from tetris.kernels.configs import (
+    ITEM_SIZE,
+    Conv2dConfig,
+    Conv2dProblem,
+    DeviceInfo,
+    LinearConfig,
+    LinearProblem,
+    default_conv2d_config,
+    default_linear_config,
+    padded_block,
+)
+from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_refuses
+from tetris.kernels.hopper.linear import supports as hopper_linear_refuses
+from tetris.layout import ceil_div
+
+Config = Conv2dConfig | LinearConfig
+
+ACCUMULATORS_PER_THREAD = 128
+"""fp32 accumulators a thread holds before the compiler spills (255 registers, half of them for everything else)."""
+HOPPER_ROWS = (2, 4, 6, 7, 8, 14, 16)
+"""Heights of a Hopper tile: even ones, and the divisors of 14 and 28, the images' usual sizes."""
+DECODE_TOKENS = 16
+"""Most tokens of the matrix-vector kernel."""
+WASTE = 1.5
+"""A tile whose padding computes more than this multiple of the best tile's pixels is not worth a measurement."""
+
+
+def default_config(problem: Problem, device: DeviceInfo) -> Config:
+    """What runs where nothing is tuned."""
+    if isinstance(problem, Conv2dProblem):
+        return default_conv2d_config(problem, device)
+    return default_linear_config(problem, device)
+
+
+def config_space(problem: Problem, device: DeviceInfo) -> list[Config]:
+    """All configurations worth considering, without repetitions, the analytic default first."""
+    found: list[Config] = [default_config(problem, device)]
+    if isinstance(problem, Conv2dProblem):
+        found += [*_portable_conv2d(problem, device), *_hopper_conv2d(problem, device)]
+    else:
+        found += [*_portable_linear(problem, device), *_hopper_linear(problem, device), *_decode_linear(problem)]
+    return list(dict.fromkeys(found))
+
+
+def is_valid(problem: Problem, device: DeviceInfo, config: Config) -> bool:
+    """Whether a configuration (of a neighbouring problem, say) can run this problem on this device."""
+    if config.kernel == "hopper":
+        if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig):
+            return hopper_conv2d_refuses(problem, device, config) is None
+        if isinstance(problem, LinearProblem) and isinstance(config, LinearConfig):
+            return hopper_linear_refuses(problem, device, config) is None
+        return False
+    if config.kernel == "decode":
+        return isinstance(problem, LinearProblem) and problem.tokens <= DECODE_TOKENS
+    pixels = config.tile_pixels if isinstance(config, Conv2dConfig) else config.tile_tokens
+    return _fits(problem, device, pixels, config.tile_out, config.tile_k, config.num_warps, config.num_stages)
+
+
+def _fits(
+    problem: Problem, device: DeviceInfo, pixels: int, tile_out: int, tile_k: int, num_warps: int, num_stages: int
+) -> bool:
+    """Registers and shared memory of the portable kernels; index loads take every other stage."""
+    out, k = padded_block(problem.block)
+    out, k = min(tile_out or out, out), tile_k or k
+    buffers = max(1, (num_stages + 1) // 2)
+    shared = buffers * (pixels + out) * k * ITEM_SIZE[problem.dtype]
+    threads = 32 * num_warps
+    return shared <= device.shared_bytes - 2048 and out * pixels <= ACCUMULATORS_PER_THREAD * threads
+
+
+def _powers(low: int, high: int) -> list[int]:
+    return [1 << e for e in range(low.bit_length() - 1, high.bit_length()) if low <= 1 << e <= high]
+
+
+def _steps(problem: Problem) -> list[int]:
+    """Channels of a step: the block, or parts of it down to 32 bytes, at most 128 bytes."""
+    item = ITEM_SIZE[problem.dtype]
+    k = padded_block(problem.block)[1]
+    return [step for step in _powers(max(16, 32 // item), min(k, 128 // item)) if k % step == 0] or [k]
+
+
+def boxes(problem: Conv2dProblem, pixels: int, waste: float = WASTE) -> list[tuple[int, int, int]]:
+    """(images, rows, columns) of ``pixels`` that cover the output, computing little more than the best box does."""
+    height, width = problem.output_size
+    sizes = range(pixels.bit_length())
+    made = [(1 << a, 1 << b, pixels >> (a + b)) for a in sizes for b in sizes if pixels >> (a + b)]
+
+    def computed(box: tuple[int, int, int]) -> int:
+        return pixels * ceil_div(problem.batch, box[0]) * ceil_div(height, box[1]) * ceil_div(width, box[2])
+
+    least = min(map(computed, made))
+    return [box for box in made if computed(box) <= waste * least]
+
+
+def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Conv2dConfig]:
+    paths = [True, False] if device.has_descriptors and problem.stride == (1, 1) else [False]
+    for pixels, k, warps, stages, path in itertools.product(
+        (32, 64, 128, 256), _steps(problem), (4, 8), (3, 5, 7), paths
+    ):
+        if not _fits(problem, device, pixels, 0, k, warps, stages):
+            continue
+        shapes = boxes(problem, pixels, 1.15)[:4] if path else [(1, 1, pixels)]
+        for (n, h, w), group in itertools.product(shapes, (0, 1) if problem.block_rows > 1 else (0,)):
+            yield Conv2dConfig(
+                tile_n=n, tile_h=h, tile_w=w, tile_k=k, descriptors=path, group_rows=group, num_warps=warps,
+                num_stages=stages,
+            )  # fmt: skip
+
+
+def _hopper_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Conv2dConfig]:
+    if hopper_conv2d_refuses(problem, device) is not None:
+        return
+    height, width = problem.output_size
+    for order, k, n, w in itertools.product(("images", "copies"), _steps(problem), _powers(1, 64), _powers(1, 32)):
+        row = n * w
+        for h in HOPPER_ROWS:
+            if n > 2 * problem.batch or w > 2 * width or not 64 <= row * h <= 512:
+                continue
+            config = Conv2dConfig(kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=k, input_order=order)
+            computed = row * h * ceil_div(problem.batch, n) * ceil_div(height, h) * ceil_div(width, w)
+            if computed <= WASTE * problem.batch * height * width and not hopper_conv2d_refuses(
+                problem, device, config
+            ):
+                yield config
+
+
+def _portable_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
+    most = max(16, 1 << (problem.tokens - 1).bit_length())
+    tiles = [tile for tile in (16, 32, 64, 128, 256) if tile <= most]
+    paths = [True, False] if device.has_descriptors else [False]
+    for tile, k, warps, stages, path in itertools.product(tiles, _steps(problem), (4, 8), (3, 5, 7), paths):
+        if _fits(problem, device, tile, 0, k, warps, stages):
+            for group in (0, 1, 8):
+                if group < problem.block_rows:
+                    yield LinearConfig(
+                        tile_tokens=tile, tile_k=k, descriptors=path, group_rows=group, num_warps=warps,
+                        num_stages=stages,
+                    )  # fmt: skip
+
+
+def _hopper_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
+    for tile in (64, 128, 256):
+        config = LinearConfig(kernel="hopper", tile_tokens=tile)
+        if hopper_linear_refuses(problem, device, config) is None:
+            yield config
+
+
+def _decode_linear(problem: LinearProblem) -> Iterator[LinearConfig]:
+    if problem.tokens > DECODE_TOKENS:
+        return
+    out, k = padded_block(problem.block)
+    base = LinearConfig(kernel="decode", tile_tokens=1 if problem.tokens == 1 else 16, descriptors=False)
+    for tile_out, tile_k, warps, stages in itertools.product({16, min(32, out), out}, (64, 128, 256), (2, 4), (2, 4)):
+        if tile_k >= k:
+            yield replace(base, tile_out=tile_out, tile_k=tile_k, num_warps=warps, num_stages=stages)
