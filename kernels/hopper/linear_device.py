@@ -42,7 +42,7 @@ def _producer(
     TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
     BLOCK_IN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring: a stage is GROUP input tiles [TILE_M, TILE_K] and the weight tiles of the strips that keep them."""
+    """Fills the ring: a stage is GROUP input tiles [TILE_M, TILE_K] and the weight tiles of strips that keep them."""
     WIDTH: gl.constexpr = 1 + 2 * PARTS
     X_BYTES: gl.constexpr = GROUP * TILE_M * TILE_K * xbuf.dtype.primitive_bitwidth // 8
     W_BYTES: gl.constexpr = GROUP * 64 * TILE_K * xbuf.dtype.primitive_bitwidth // 8

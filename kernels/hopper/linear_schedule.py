@@ -13,6 +13,7 @@ The pattern of kept blocks never changes, so everything that depends on it is co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def _strips(indptr: np.ndarray, indices: np.ndarray, block: tuple[int, int], til
     n_rows = len(indptr) - 1
     past_the_end = len(indices) * block_out
     rows: list[dict[int, int]] = []
-    for begin, end in zip(indptr, indptr[1:]):
+    for begin, end in pairwise(indptr):
         blocks = [(int(column) * block_in, b * block_out) for b, column in enumerate(indices[begin:end], int(begin))]
         rows.append({first + k: weight_row for first, weight_row in blocks for k in range(0, block_in, tile_k)})
     if block_out >= STRIP:
