@@ -25,7 +25,7 @@ from tetris.user_model import UserModel
 
 MASKED_FILE = "masked.safetensors"
 REPORT_FILE = "report.txt"
-FAST_FOLDER = "fast"
+FAST_FILE = "fast.safetensors"
 
 
 def prune_user_model(
@@ -38,8 +38,8 @@ def prune_user_model(
 ) -> None:
     """Prune -> convert -> verify -> time -> save; ``out`` appears complete or not at all.
 
-    ``out`` holds the converted model (``fast/``, for ``tetris.load``), the masked weights under the model's own names
-    (``masked.safetensors``), and ``report.txt``: the verification and both times.
+    ``out`` holds the converted model (``fast.safetensors``, for ``tetris.load``), the masked weights under the model's
+    own names (``masked.safetensors``), and ``report.txt``: the verification and both times.
 
     Args:
         options: of ``tetris.prune``, but for the model and its inputs.
@@ -71,11 +71,11 @@ def prune_user_model(
     times = timing_line(user, fast)
     console.print(times, highlight=False)
     with atomic_directory(out, overwrite) as folder:
-        tetris.save(fast, folder / FAST_FOLDER)
+        tetris.save(fast, folder / FAST_FILE)
         save_masked_weights(pruned, folder / MASKED_FILE)
         (folder / REPORT_FILE).write_text(f"{report}\n{times}\n", encoding="utf-8")
     console.print(
-        f"{out}: {FAST_FOLDER}/ for tetris.load, {MASKED_FILE}, {REPORT_FILE}. "
+        f"{out}: {FAST_FILE} for tetris.load, {MASKED_FILE}, {REPORT_FILE}. "
         "To win accuracy back, fine-tune the result of tetris.prune in Python before converting it.",
         highlight=False,
         soft_wrap=True,

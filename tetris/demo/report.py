@@ -15,13 +15,16 @@ COLUMNS = (
     "block",
     "sparsity",
     "method",
-    "retained importance",
-    "accuracy before fine-tuning",
-    "accuracy after",
-    "change from dense",
+    "pruned",
+    "retained",
+    "before",
+    "tuned",
+    "vs dense",
     "speedup",
     "ideal",
 )
+
+SHORT_NAMES = {"element": "element", "none": "blocks", "sort": "sorted", "paper": "TETRIS", "annealed": "annealed"}
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -55,11 +58,12 @@ def cells(result: Result, dense_accuracy: float) -> list[str]:
     return [
         f"{variant.block}x{variant.block}",
         f"{variant.sparsity:.0%}",
-        METHOD_NAMES.get(variant.method, variant.method),
+        SHORT_NAMES.get(variant.method, variant.method),
+        f"{result.pruned:.1%}",
         f"{result.retained:.1%}",
-        f"{result.accuracy_before:.2%}",
-        f"{result.accuracy_after:.2%}",
-        f"{100 * (result.accuracy_after - dense_accuracy):+.2f}",
+        f"{result.accuracy_before:.1%}",
+        f"{result.accuracy_after:.1%}",
+        f"{100 * (result.accuracy_after - dense_accuracy):+.1f}",
         "-" if math.isnan(result.speedup) else f"{result.speedup:.2f}x",
         f"{result.ideal:.2f}x",
     ]
@@ -77,10 +81,13 @@ def notes(summary: Summary) -> list[str]:
     return [
         f"Sparsity is that of {' and '.join(PRUNED_LAYERS)} (98.7 % of the weights); conv1 and fc2 stay dense and "
         "count in 'ideal', which is all multiply-adds / those left.",
-        f"Accuracy is on {summary.n_test} held-out images: one image is {step:.2f} points; "
-        "smaller differences mean nothing.",
-        "Retained importance is the share of the sum of |weight| of the pruned layers that pruning kept. A block "
-        "larger than a layer's channels shrinks to half of them.",
+        f"Accuracy (before and after fine-tuning) is on {summary.n_test} held-out images: one image is {step:.2f} "
+        "points; smaller differences mean nothing.",
+        "Methods: element-wise; blocks in the given order; blocks of channels sorted by L1 norm; TETRIS, the paper's "
+        "Algorithm 1; annealed, this project's search for the same objective.",
+        "Pruned: the share of weights, beside the share of blocks that was asked for: edge blocks are smaller, and a "
+        "block larger than a layer's channels shrinks to half of them.",
+        "Retained: the share of the sum of |weight| of the pruned layers that pruning kept.",
         f"Speedup is the dense network's time / the converted network's, medians of interleaved runs on this machine "
         f"({summary.device}), batch {summary.settings.timed_batch}; below 1 means slower.",
         "Element-wise masks have no speedup: the zeros are scattered and the network runs as the dense one.",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -89,9 +90,10 @@ def run_demo(
 
 def result_table(results: Sequence[Result], summary: report.Summary) -> Table:
     """The grid as a table for the terminal; TETRIS's lines are bold."""
-    table = Table(title=f"LeNet on {summary.data}; dense accuracy {summary.dense_accuracy:.2%}", title_justify="left")
+    title = f"LeNet on {summary.data}; dense accuracy {summary.dense_accuracy:.2%}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     for name in report.COLUMNS:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     previous = None
     for result in report.ordered(results):
         if previous not in (None, result.variant.sparsity):
@@ -118,6 +120,7 @@ def rows(results: Sequence[Result], summary: report.Summary) -> list[Row]:
                 "data": summary.data,
                 "block": r.variant.block,
                 "sparsity": r.variant.sparsity,
+                "pruned": r.pruned,
                 "retained": r.retained,
                 "dense_accuracy": summary.dense_accuracy,
                 "accuracy_before": r.accuracy_before,

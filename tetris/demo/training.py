@@ -81,6 +81,8 @@ def train(
     steps_per_epoch = -(-n_images // schedule.batch_size)
     n_steps = steps_per_epoch * schedule.epochs
     step = first * steps_per_epoch
+    if on_step is not None:
+        on_step(step, n_steps)
     model.train()
     for epoch in range(first, schedule.epochs):
         order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -106,7 +108,7 @@ def train(
 
 def _fingerprint(model: nn.Module, schedule: Schedule, seed: int) -> str:
     """What must agree between a checkpoint and the run that goes on from it."""
-    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     return f"{schedule} seed={seed} {shapes}"
 
 
