@@ -1,0 +1,115 @@
+"""What the Hopper convolution takes, on which tiles, in how much shared memory. Pure CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tetris.errors import ShapeError
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo
+from tetris.kernels.hopper.geometry import ConvTile
+from tetris.kernels.hopper.heuristics import SHARED_BYTES, complete_tile, supports
+
+H200 = DeviceInfo("H200", (9, 0), 132, "3.7.1")
+PROBLEM = Conv2dProblem(
+    128, 512, 512, 28, 28, (3, 3), (1, 1), (1, 1), (1, 1), block=(64, 64), dtype="float16", n_blocks=16
+)
+
+
+def changed(**fields) -> Conv2dProblem:
+    return dataclasses.replace(PROBLEM, **fields)
+
+
+def test_it_takes_the_flagship_layer():
+    assert supports(PROBLEM, H200) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"stride": (2, 2)}, "stride"),
+        ({"block": (32, 32)}, "multiple of 64"),
+        ({"block": (64, 8)}, "32 bytes"),
+        ({"block": (64, 48)}, "power of two"),
+        ({"c_in": 3}, "16 bytes"),
+        ({"c_out": 500}, "16 bytes"),
+        ({"dtype": "float64"}, "float64"),
+        ({"dtype": "float32"}, "tf32"),
+        ({"height": 1, "padding": (0, 0)}, "no output"),
+    ],
+)
+def test_it_says_why_it_refuses(fields, reason):
+    assert reason in supports(changed(**fields), H200)
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (DeviceInfo("A100", (8, 0), 108, "3.7.1"), "capability"),
+        (DeviceInfo("B200", (10, 0), 148, "3.7.1"), "capability"),
+        (DeviceInfo("H200", (9, 0), 132, "3.9.0"), "Triton"),
+        (DeviceInfo("H200", (9, 0), 132, "3.5.1"), "Triton"),
+    ],
+)
+def test_it_runs_on_hopper_with_the_triton_it_is_written_for(device, reason):
+    assert reason in supports(PROBLEM, device)
+
+
+def test_float32_runs_where_tf32_is_allowed():
+    assert supports(changed(dtype="float32"), H200, allow_tf32=True) is None
+
+
+def test_pooling_needs_even_rows_in_both_warpgroups():
+    config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4)
+    assert supports(PROBLEM, H200, config, max_pool=True) is None
+    odd = dataclasses.replace(config, tile_h=7)
+    assert supports(PROBLEM, H200, odd) is None
+    assert "pool" in supports(PROBLEM, H200, odd, max_pool=True)
+
+
+def test_a_halo_tile_serves_all_taps():
+    tile = ConvTile((64, 64), tile_n=16, tile_h=4, tile_w=4, tile_k=32)
+    assert (tile.input_rows, tile.row_groups, tile.column_groups) == (6, 12, 2)
+    assert tile.x_step_bytes == 6 * 6 * 16 * 32 * 2
+    assert (tile.halo_columns, tile.halo_box, tile.halo_boxes) == (2, 2, 1)
+    wide = dataclasses.replace(tile, kernel_size=(7, 7))
+    assert (wide.halo_columns, wide.halo_box, wide.halo_boxes) == (6, 2, 3)
+
+
+def test_copies_of_the_tile_join_rows_into_one_instruction():
+    tile = ConvTile((64, 64), tile_n=1, tile_h=8, tile_w=8, tile_k=64, copies=True)
+    assert tile.x_step_bytes == 3 * 10 * 8 * 64 * 2
+    assert (tile.rows_per_accumulator, tile.accumulator_pixels, tile.consumer_rows) == (4, 32, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tile_n": 4}, "groups of 8"),
+        ({"tile_h": 16}, "accumulators"),
+        ({"tile_k": 48}, "bytes"),
+        ({"block": (64, 16)}, "do not divide"),
+        ({"block": (96, 64)}, "multiple of 64"),
+        ({"w_taps": 4}, "do not divide 9"),
+        ({"tile_w": 3}, "powers of two"),
+    ],
+)
+def test_impossible_tiles_are_refused(fields, reason):
+    tile = dataclasses.replace(ConvTile((64, 64), tile_n=16, tile_h=4, tile_w=4, tile_k=32), **fields)
+    with pytest.raises(ShapeError, match=reason):
+        tile.checked()
+
+
+@pytest.mark.parametrize("block", [(64, 16), (64, 32), (64, 64), (128, 64)])
+@pytest.mark.parametrize("shape", [(16, 4, 4), (32, 4, 4), (16, 7, 4), (8, 8, 8), (8, 4, 16)])
+def test_filled_in_rings_fit_shared_memory_and_overlap(block, shape):
+    n, h, w = shape
+    tile = complete_tile(changed(block=block), Conv2dConfig(kernel="hopper", tile_n=n, tile_h=h, tile_w=w))
+    assert tile.shared_bytes <= SHARED_BYTES
+    assert tile.x_stages >= 2 and tile.w_stages >= 2
+
+
+def test_useful_fraction_counts_the_tiles_edges():
+    tile = ConvTile((64, 64), tile_n=16, tile_h=8, tile_w=4)
+    assert tile.useful_fraction(128, 28, 28) == pytest.approx(28 / 32)

@@ -1,0 +1,76 @@
+"""The Hopper convolution's schedule: every tile once, even ends, spatial order. Pure CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tetris.errors import TetrisError
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
+from tetris.kernels.hopper.conv2d import conv2d_schedule
+from tetris.kernels.hopper.heuristics import complete_tile
+from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
+
+UNEVEN = [16.0, 9.0, 7.0, 4.0, 2.0, 2.0, 1.0, 1.0]
+
+
+def loads(schedule: Schedule, costs: list[float]) -> list[float]:
+    bounds = schedule.program_ptr.tolist()
+    tiles = schedule.order.tolist()
+    return [sum(costs[t % len(costs)] for t in tiles[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+
+@pytest.mark.parametrize("spatial_tiles", [1, 3, 50, 1000])
+@pytest.mark.parametrize("programs", [1, 7, 132])
+@pytest.mark.parametrize("maker", [make_schedule, round_robin])
+def test_every_tile_runs_once(maker, spatial_tiles, programs):
+    rows = len(UNEVEN)
+    schedule = maker(UNEVEN if maker is make_schedule else rows, spatial_tiles, programs)
+    assert sorted(schedule.order.tolist()) == list(range(rows * spatial_tiles))
+    assert schedule.programs == min(programs, rows * spatial_tiles)
+    assert schedule.program_ptr[0] == 0 and schedule.program_ptr[-1] == len(schedule.order)
+    assert schedule.order.dtype == schedule.program_ptr.dtype == torch.int32
+
+
+def test_programs_end_together_where_round_robin_does_not():
+    costs = [c + 0.35 for c in UNEVEN]
+    even = loads(make_schedule(UNEVEN, 196, 132, tile_cost=0.35), costs)
+    mean = sum(even) / len(even)
+    assert max(even) / mean < 1.03
+    naive = loads(round_robin(len(UNEVEN), 196, 128), costs)  # 8 rows, 128 programs: a program keeps its row
+    assert max(naive) / (sum(naive) / len(naive)) > 2
+
+
+def test_makespan_is_the_busiest_program_over_the_mean():
+    schedule = make_schedule(UNEVEN, 40, 16, tile_cost=0.0)
+    every = loads(schedule, UNEVEN)
+    assert schedule.makespan == pytest.approx(max(every) * len(every) / sum(every))
+
+
+def test_a_program_walks_the_image_in_order_before_the_balanced_rounds():
+    rows, spatial, programs, rounds = len(UNEVEN), 400, 16, 2
+    schedule = make_schedule(UNEVEN, spatial, programs, balanced_rounds=rounds)
+    tail_from = spatial - -(-rounds * programs // rows)
+    bounds, tiles = schedule.program_ptr.tolist(), schedule.order.tolist()
+    for a, b in zip(bounds, bounds[1:]):
+        places = [t // rows for t in tiles[a:b] if t // rows < tail_from]
+        assert places == sorted(places) and places
+
+
+def test_the_schedule_of_a_layer_weighs_rows_and_halves():
+    problem = Conv2dProblem(
+        16, 128, 256, 28, 28, (3, 3), (1, 1), (1, 1), (1, 1), block=(128, 64), dtype="float16", n_blocks=3
+    )
+    config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4)
+    schedule = conv2d_schedule(torch.tensor([0, 2, 3], dtype=torch.int32), problem, config, 132, "cpu")
+    assert len(schedule.order) == 4 * 49  # two halves of each of two block rows, 7 x 7 tiles
+    rows = torch.bincount(schedule.order % 4)
+    assert rows.tolist() == [49] * 4
+
+
+def test_a_schedule_of_an_impossible_tile_is_refused():
+    problem = Conv2dProblem(
+        16, 64, 64, 28, 28, (3, 3), (1, 1), (1, 1), (1, 1), block=(64, 64), dtype="float16", n_blocks=1
+    )
+    with pytest.raises(TetrisError, match="groups of 8"):
+        complete_tile(problem, Conv2dConfig(kernel="hopper", tile_n=4, tile_h=4, tile_w=4))
