@@ -19,11 +19,11 @@ from tetris.kernels.configs import (
     LinearConfig,
     LinearProblem,
     default_conv2d_config,
-    default_linear_config,
     padded_block,
 )
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_refuses
 from tetris.kernels.hopper.linear import supports as hopper_linear_refuses
+from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config
 from tetris.layout import ceil_div
 
 Config = Conv2dConfig | LinearConfig
@@ -32,8 +32,6 @@ ACCUMULATORS_PER_THREAD = 128
 """fp32 accumulators a thread holds before the compiler spills (255 registers, half of them for everything else)."""
 HOPPER_ROWS = (2, 4, 6, 7, 8, 14, 16)
 """Heights of a Hopper tile: even ones, and the divisors of 14 and 28, the images' usual sizes."""
-DECODE_TOKENS = 16
-"""Most tokens of the matrix-vector kernel."""
 WASTE = 1.5
 """A tile whose padding computes more than this multiple of the best tile's pixels is not worth a measurement."""
 
@@ -42,7 +40,7 @@ def default_config(problem: Problem, device: DeviceInfo) -> Config:
     """What runs where nothing is tuned."""
     if isinstance(problem, Conv2dProblem):
         return default_conv2d_config(problem, device)
-    return default_linear_config(problem, device)
+    return choose_linear_config(problem, device)
 
 
 def config_space(problem: Problem, device: DeviceInfo) -> list[Config]:
