@@ -23,7 +23,7 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_refuses
 from tetris.kernels.hopper.linear import supports as hopper_linear_refuses
-from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config
+from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config
 from tetris.layout import ceil_div
 
 Config = Conv2dConfig | LinearConfig
@@ -49,7 +49,11 @@ def config_space(problem: Problem, device: DeviceInfo) -> list[Config]:
     if isinstance(problem, Conv2dProblem):
         found += [*_portable_conv2d(problem, device), *_hopper_conv2d(problem, device)]
     else:
-        found += [*_portable_linear(problem, device), *_hopper_linear(problem, device), *_decode_linear(problem)]
+        found += [
+            *_portable_linear(problem, device),
+            *_hopper_linear(problem, device),
+            *_decode_linear(problem, device),
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -156,11 +160,13 @@ def _hopper_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Linea
             yield config
 
 
-def _decode_linear(problem: LinearProblem) -> Iterator[LinearConfig]:
+def _decode_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
     if problem.tokens > DECODE_TOKENS:
         return
     out, k = padded_block(problem.block)
-    base = LinearConfig(kernel="decode", tile_tokens=1 if problem.tokens == 1 else 16, descriptors=False)
-    for tile_out, tile_k, warps, stages in itertools.product({16, min(32, out), out}, (64, 128, 256), (2, 4), (2, 4)):
+    base = decode_config(problem, device)
+    for tile_out, tile_k, warps, stages in itertools.product(
+        {16, min(32, out), out}, (64, 128, 256), (2, 4), (1, 2, 4)
+    ):
         if tile_k >= k:
             yield replace(base, tile_out=tile_out, tile_k=tile_k, num_warps=warps, num_stages=stages)
