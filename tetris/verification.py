@@ -1,0 +1,172 @@
+"""``tetris.verify``: does the converted model compute what the masked model computes?
+
+Every converted layer is run on the input it really gets and compared with its masked original in float64; then the
+whole network's outputs are compared. Errors are relative Frobenius norms against the table in ``tetris.tolerances``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from tetris.conversion import Conversion, ConvertedLayer
+from tetris.errors import ShapeError, TetrisError, describe
+from tetris.graph import ExampleInputs, as_arguments
+from tetris.layers import BlockSparseLayer
+from tetris.masking import bake_masks
+from tetris.permutation import apply, inverse
+from tetris.reference import activate
+from tetris.tolerances import relative_error, tolerance
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: ``error`` = ||y - ref|| / ||ref||, passed when finite and at most ``limit``."""
+
+    name: str
+    error: float
+    limit: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return math.isfinite(self.error) and self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of :func:`verify`: a check a layer and one or more end to end."""
+
+    layers: list[Check]
+    outputs: list[Check]
+
+    @property
+    def checks(self) -> list[Check]:
+        return [*self.layers, *self.outputs]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed; never true when nothing was compared."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        rows = [(c.name, c.detail, f"{c.error:.2e}", f"{c.limit:.1e}", "ok" if c.passed else "FAILED") for c in self.checks]
+        verdict = "all within tolerance" if self.passed else f"{sum(not c.passed for c in self.checks)} checks FAILED"
+        table = tabulate(rows, headers=("layer", "", "error", "limit", ""), disable_numparse=True)
+        return f"{table}\n{verdict}"
+
+
+def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) -> Verification:
+    """Compare a converted model with the masked model that it came from.
+
+    Args:
+        pruned: the model that was converted, with its masks.
+        fast: from :func:`tetris.convert` (or :func:`tetris.load`).
+        example_inputs: a tensor, tuple or dict to call both with, on their device and in their dtype.
+    Returns:
+        a report; ``print`` it, or ask ``report.passed``. End to end the limit grows with the square root of the number
+        of layers, as independent roundings do, or is twice the masked model's own rounding error if that is larger.
+    Raises:
+        TetrisError: ``fast`` is no converted model; outputs that differ in structure.
+    Cost: one forward pass of each model and one of the masked model in float64.
+    """
+    record = getattr(fast, "conversion", None)
+    if not isinstance(record, Conversion):
+        raise TetrisError(f"verify: wanted a model from tetris.convert; got {type(fast).__name__} without a conversion record")
+    args, kwargs = as_arguments(example_inputs)
+    reference_model = bake_masks(copy.deepcopy(pruned)).eval().double()
+    captured: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
+    handles = [
+        module.register_forward_hook(_capture(name, captured), with_kwargs=True)
+        for name, module in fast.named_modules()
+        if isinstance(module, BlockSparseLayer)
+    ]
+    try:
+        with torch.no_grad():
+            y = fast(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        layers = [
+            _check_layer(reference_model, fast.get_submodule(name), record.layers[name], *captured[name])  # type: ignore[arg-type]
+            for name in captured
+        ]
+        reference = reference_model(*_to_double(args), **_to_double(kwargs))
+        own = _evaluated(pruned, args, kwargs)
+    return Verification(layers, _check_outputs(y, reference, own, len(record.layers)))
+
+
+def _capture(name: str, captured: dict[str, tuple[Tensor, Tensor | None, Tensor]]) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        captured[name] = (args[0].detach(), kwargs.get("residual"), output.detach())
+
+    return hook
+
+
+def _check_layer(
+    model: nn.Module, layer: BlockSparseLayer, record: ConvertedLayer, x: Tensor, residual: Tensor | None, y: Tensor
+) -> Check:
+    """The masked original (with its batch norm) in float64 on the same input, brought to the storage orders."""
+    dim = 1 if y.dim() == 4 else -1
+    original = x.double()
+    if record.input_order is not None:
+        original = apply(original, {dim: inverse(record.input_order)})
+    expected = model.get_submodule(record.name)(original)
+    if record.batch_norm is not None:
+        expected = model.get_submodule(record.batch_norm)(expected)
+    if record.output_order is not None:
+        expected = apply(expected, {dim: record.output_order})
+    if residual is not None:
+        expected = expected + residual.double()
+    expected = activate(expected, layer.activation)
+    tf32 = torch.backends.cudnn.allow_tf32 if y.dim() == 4 else torch.backends.cuda.matmul.allow_tf32
+    limit = tolerance(y.dtype, allow_tf32=y.is_cuda and tf32)
+    block = f"{layer.block[0]}x{layer.block[1]}, {layer.kept_fraction:.0%} kept"
+    return Check(record.name, relative_error(y, expected), limit, block)
+
+
+def _check_outputs(y: Any, reference: Any, own: Any, depth: int) -> list[Check]:
+    tensors, references, owns = (_tensors(v) for v in (y, reference, own))
+    if len(tensors) != len(references) or any(a.shape != b.shape for a, b in zip(tensors, references)):
+        raise ShapeError(
+            f"verify: wanted outputs like the masked model's: {', '.join(map(describe, references))}; "
+            f"got {', '.join(map(describe, tensors))}"
+        )
+    checks = []
+    for i, (a, b, c) in enumerate(zip(tensors, references, owns)):
+        tf32 = a.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        limit = max(tolerance(a.dtype, tf32) * math.sqrt(max(1, depth)), 2 * relative_error(c, b))
+        checks.append(Check("network" if len(tensors) == 1 else f"network output {i}", relative_error(a, b), limit, "end to end"))
+    return checks
+
+
+def _evaluated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The masked model's own outputs in evaluation mode; its modes are put back."""
+    return copy.deepcopy(model).eval()(*args, **kwargs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors in a model's output, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _to_double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_double(v) for v in value)
+    return {k: _to_double(v) for k, v in value.items()} if isinstance(value, dict) else value
