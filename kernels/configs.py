@@ -227,53 +227,83 @@ def pixel_tile(batch: int, height: int, width: int, pixels: int) -> tuple[int, i
     return min(boxes, key=waste)
 
 
-def _stages(wanted: int, step_bytes: int, device: DeviceInfo) -> int:
-    """``wanted`` pipeline stages, or what shared memory holds: a tile buffer takes two, the index one more."""
-    return max(2, min(wanted, 2 * ((device.shared_bytes - 4096) // step_bytes) - 1))
+def _block_tile(block: tuple[int, int], item: int, descriptors: bool) -> tuple[int, int]:
+    """(tile_out, tile_k): at most 128 output channels and 128 bytes of inputs, the width of a swizzled row.
+
+    Without descriptors a step has at least 32 inputs: small blocks are joined until they fill it.
+    """
+    out, k = padded_block(block)
+    return min(out, 128), min(k if descriptors else max(k, 32), 128 // item)
 
 
-def _largest_tile(candidates: tuple[int, ...], programs: dict[int, int], sm_count: int) -> int:
-    """The first of the candidates (largest first) that still gives every multiprocessor a program, else the last."""
-    return next((tile for tile in candidates if programs[tile] >= sm_count), candidates[-1])
+def _largest_tile(pixels: int, rows: int, tile_out: int, item: int, descriptors: bool, device: DeviceInfo) -> int:
+    """The largest tile of pixels (or tokens) that leaves every multiprocessor two programs; at least 16.
+
+    At most 256 wide for 64 output channels of 2 bytes (128 registers a thread hold the sums), half of that where the
+    sums, fp32 operands or the pointer path's addresses need more registers.
+    """
+    largest = 256 if item == 2 and tile_out <= 64 and descriptors else 128
+    tiles = [tile for tile in (256, 128, 64, 32, 16) if tile <= min(largest, next_power_of_two(pixels, 16))]
+    return next((tile for tile in tiles if ceil_div(pixels, tile) * rows >= 2 * device.sm_count), tiles[-1])
+
+
+def _warps(sums: int, descriptors: bool) -> int:
+    """4, or 8 where the sums and the addresses would not fit into the registers of 4."""
+    return 8 if sums > 64 * 256 or (sums > 64 * 128 and not descriptors) else 4
+
+
+def _stages(step_bytes: int, descriptors: bool, device: DeviceInfo) -> int:
+    """Pipeline stages: 7, or what shared memory holds (two stages make one buffer; the index is loaded ahead).
+
+    AMD's pipeliner wants 2.
+    """
+    if device.backend != "cuda":
+        return 2
+    buffers = (device.shared_bytes - 4096) // step_bytes
+    return max(2, min(7 if descriptors else 5, 2 * buffers - 1))
 
 
 def default_conv2d_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dConfig:
     """The config for a problem nobody tuned. Pure; cheap enough for every call."""
-    out, k = padded_block(problem.block)
     item = ITEM_SIZE[problem.dtype]
+    descriptors = (
+        device.has_descriptors
+        and all(is_power_of_two_tile(size) for size in problem.block)
+        and problem.c_in * item % 16 == 0
+        and (problem.stride == (1, 1) or problem.taps == 1)
+    )
+    tile_out, tile_k = _block_tile(problem.block, item, descriptors)
     height, width = problem.output_size
     pixels = problem.batch * height * width
-    largest = 128 if item == 4 or out > 64 else 256
-    candidates = tuple(p for p in (256, 128, 64, 32, 16) if p <= largest)
-    programs = {p: ceil_div(pixels, p) * problem.block_rows for p in candidates}
-    tile = _largest_tile(candidates, programs, 2 * device.sm_count)
-    tile_k = min(k, 128 // item)
+    tile = _largest_tile(pixels, problem.block_rows, tile_out, item, descriptors, device)
     n, h, w = pixel_tile(problem.batch, height, width, tile)
     return Conv2dConfig(
         tile_n=n,
         tile_h=h,
         tile_w=w,
+        tile_out=tile_out,
         tile_k=tile_k,
-        descriptors=device.has_descriptors,
-        num_warps=8 if out * tile > 64 * 256 else 4,
-        num_stages=_stages(7, (tile + out) * tile_k * item, device),
+        descriptors=descriptors,
+        num_warps=_warps(tile_out * tile, descriptors),
+        num_stages=_stages((tile + tile_out) * tile_k * item, descriptors, device),
     )
 
 
 def default_linear_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     """The config for a problem nobody tuned. Pure; cheap enough for every call."""
-    out, k = padded_block(problem.block)
     item = ITEM_SIZE[problem.dtype]
-    largest = 128 if item == 4 or out > 64 else 256
-    limit = next_power_of_two(problem.tokens, 16)
-    candidates = tuple(t for t in (256, 128, 64, 32, 16) if t <= largest and t <= limit)
-    programs = {t: ceil_div(problem.tokens, t) * problem.block_rows for t in candidates}
-    tile = _largest_tile(candidates, programs, 2 * device.sm_count)
-    tile_k = min(k, 128 // item)
+    descriptors = (
+        device.has_descriptors
+        and all(is_power_of_two_tile(size) for size in problem.block)
+        and problem.in_features * item % 16 == 0
+    )
+    tile_out, tile_k = _block_tile(problem.block, item, descriptors)
+    tile = _largest_tile(problem.tokens, problem.block_rows, tile_out, item, descriptors, device)
     return LinearConfig(
         tile_tokens=tile,
+        tile_out=tile_out,
         tile_k=tile_k,
-        descriptors=device.has_descriptors,
-        num_warps=8 if out * tile > 64 * 256 else 4,
-        num_stages=_stages(7, (tile + out) * tile_k * item, device),
+        descriptors=descriptors,
+        num_warps=_warps(tile_out * tile, descriptors),
+        num_stages=_stages((tile + tile_out) * tile_k * item, descriptors, device),
     )

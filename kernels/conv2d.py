@@ -102,21 +102,19 @@ def block_sparse_conv2d(
     )
     if use_descriptors:
         images, tile_h, tile_w = config.tile_n, config.tile_h, config.tile_w
-        y_view, x_view, residual_view = y, x, residual
+        x_view, y_view = x, y
         if pointwise and x.is_contiguous():  # one long row of pixels: no box is cut by an image's edge
             x_view, y_view = x.view(1, 1, -1, c_in), y.view(1, 1, -1, c_out)
-            residual_view = None if residual is None else residual.view(1, 1, -1, c_out)
             images, tile_h, tile_w = 1, 1, config.tile_pixels
         n, h, w = y_view.shape[:3]
         tiles_h, tiles_w = ceil_div(h, tile_h), ceil_div(w, tile_w)
         n_tiles = ceil_div(n, images) * tiles_h * tiles_w
         box = [images, tile_h, tile_w]
-        store_box = output_permutation is None and describable(y) and (residual is None or describable(residual))
+        store_box = output_permutation is None and residual is None and describable(y)
         conv2d_descriptor_kernel[(n_out_tiles * n_tiles,)](
             describe(x_view, [*box, tile_k]),
             describe(values.view(-1, block_in), [tile_out, tile_k]),
             describe(y_view, [*box, tile_out]) if store_box else None,
-            describe(residual_view, [*box, tile_out]) if store_box and residual_view is not None else None,
             y,
             bias,
             residual,

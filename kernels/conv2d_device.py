@@ -15,8 +15,7 @@ from tetris.kernels.epilogue import activate, add_bias, program_tile, store_rows
 def conv2d_descriptor_kernel(
     x_desc,  # [N, H, W, C_IN], boxes [TILE_N, TILE_H, TILE_W, TILE_K]
     w_desc,  # [n_blocks * TAPS * BLOCK_OUT, BLOCK_IN], boxes [TILE_OUT, TILE_K]
-    y_desc,  # [N, OH, OW, C_OUT], boxes [TILE_N, TILE_H, TILE_W, TILE_OUT]; None = store by pointer
-    residual_desc,  # as y_desc
+    y_desc,  # [N, OH, OW, C_OUT], boxes [TILE_N, TILE_H, TILE_W, TILE_OUT]; None = by pointer
     y_ptr,
     bias_ptr,
     residual_ptr,
@@ -79,8 +78,6 @@ def conv2d_descriptor_kernel(
     mask_o = offs_o < C_OUT
     acc = add_bias(acc, bias_ptr, offs_o, mask_o)
     if y_desc is not None:
-        if residual_desc is not None:
-            acc += residual_desc.load([n0, h0, w0, o0]).reshape(TILE_M, TILE_OUT).to(tl.float32).T
         result = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
         y_desc.store([n0, h0, w0, o0], result.T.reshape(TILE_N, TILE_H, TILE_W, TILE_OUT))
     else:

@@ -44,19 +44,42 @@ def add_bias(acc, bias_ptr, offs_o, mask_o):
 
 
 @triton.jit
+def column_halves(tile):
+    """The left and the right half of a [rows, columns] tile, without leaving the registers."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def halves(vector):
+    """The first and the second half of a vector."""
+    return vector.reshape(2, vector.shape[0] // 2).permute(1, 0).split()
+
+
+@triton.jit
 def store_rows(
     acc, y_ptr, residual_ptr, output_permutation_ptr, offs_m, mask_m, offs_o, mask_o, C_OUT, ACTIVATION: tl.constexpr
 ):
     """y[m, out] = activation(acc[out, m] + residual[m, out]) for rows of C_OUT channels, through the permutation.
 
-    Masked element by element: nothing past a row's channels or the last row is touched.
+    Masked element by element: nothing past a row's channels or the last row is touched. Wide tiles go in parts of at
+    most 64 rows, because addresses and residuals of a whole tile would not fit into the registers beside the sums.
     """
-    stored_o = offs_o
-    if output_permutation_ptr is not None:
-        stored_o = tl.load(output_permutation_ptr + offs_o, mask=mask_o, other=0)
-    offsets = offs_m.to(tl.int64)[:, None] * C_OUT + stored_o[None, :]  # [TILE_M, TILE_OUT]
-    mask = mask_m[:, None] & mask_o[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32).T
-    result = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offsets, result.T, mask=mask)
+    if acc.shape[1] > 64:
+        acc_0, acc_1 = column_halves(acc)
+        offs_0, offs_1 = halves(offs_m)
+        mask_0, mask_1 = halves(mask_m.to(tl.int32))
+        store_rows(
+            acc_0, y_ptr, residual_ptr, output_permutation_ptr, offs_0, mask_0 != 0, offs_o, mask_o, C_OUT, ACTIVATION
+        )
+        store_rows(
+            acc_1, y_ptr, residual_ptr, output_permutation_ptr, offs_1, mask_1 != 0, offs_o, mask_o, C_OUT, ACTIVATION
+        )
+    else:
+        stored_o = offs_o
+        if output_permutation_ptr is not None:
+            stored_o = tl.load(output_permutation_ptr + offs_o, mask=mask_o, other=0)
+        offsets = offs_m.to(tl.int64)[:, None] * C_OUT + stored_o[None, :]  # [rows, TILE_OUT]
+        mask = mask_m[:, None] & mask_o[None, :]
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32).T
+        tl.store(y_ptr + offsets, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty).T, mask=mask)

@@ -21,8 +21,7 @@ from tetris.layout import ceil_div
 def linear_descriptor_kernel(
     x_desc,  # [M, K], boxes [TILE_M, TILE_K]
     w_desc,  # [n_blocks * BLOCK_OUT, BLOCK_IN], boxes [TILE_OUT, TILE_K]
-    y_desc,  # [M, N], boxes [TILE_M, TILE_OUT]; None = store by pointer
-    residual_desc,  # as y_desc
+    y_desc,  # [M, N], boxes [TILE_M, TILE_OUT]; None = by pointer
     y_ptr,
     bias_ptr,
     residual_ptr,
@@ -66,8 +65,6 @@ def linear_descriptor_kernel(
     mask_o = offs_o < N
     acc = add_bias(acc, bias_ptr, offs_o, mask_o)
     if y_desc is not None:
-        if residual_desc is not None:
-            acc += residual_desc.load([m0, o0]).to(tl.float32).T
         y_desc.store([m0, o0], activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty).T)
     else:
         offs_m = m0 + tl.arange(0, TILE_M)
@@ -224,13 +221,11 @@ def block_sparse_linear(
         and describable(rows)
         and describable(values)
     ):
-        box = [config.tile_tokens, tile_out]
-        store_box = output_permutation is None and describable(y) and (residual is None or describable(residual))
+        store_box = output_permutation is None and residual is None and describable(y)
         linear_descriptor_kernel[grid](
             describe(rows, [config.tile_tokens, tile_k]),
             describe(values.view(-1, block_in), [tile_out, tile_k]),
-            describe(y, box) if store_box else None,
-            describe(residual, box) if store_box and residual is not None else None,
+            describe(y, [config.tile_tokens, tile_out]) if store_box else None,
             y,
             bias,
             residual,

@@ -95,7 +95,7 @@ def inspect(kernel: Any, name: str, arch: int | str) -> Compiled:
     """The facts about a compiled kernel."""
     if isinstance(arch, str):
         assembly = kernel.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly))
+        spills = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", assembly))
         mma = len(re.findall(r"v_mfma", assembly))
         return Compiled(name, kernel.metadata.shared, 0, spills, False, 0, mma, 0)
     ptx = kernel.asm["ptx"]

@@ -1,0 +1,98 @@
+"""Child process of the ahead-of-time tests: compiles the kernels with their default configs, prints JSON facts.
+
+python -m tests.support.compile_report 90
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import torch
+import triton
+
+from tests.support.compiler import Compiled, compiling
+from tests.support.operands import ConvCase, LinearCase, conv2d_operands, linear_operands
+from tetris.kernels.configs import (
+    Conv2dProblem,
+    DeviceInfo,
+    LinearProblem,
+    default_conv2d_config,
+    default_linear_config,
+)
+from tetris.kernels.conv2d import block_sparse_conv2d
+from tetris.kernels.linear import block_sparse_linear
+from tetris.kernels.permute import permute_channels
+
+EVERYTHING = ("bias", "residual", "input", "output")
+LARGE = {"c_out": 512, "c_in": 512, "height": 28, "width": 28, "batch": 16}
+
+CONVS = {
+    "float16 64x64": (ConvCase(block=(64, 64), **LARGE), "float16"),
+    "bfloat16 64x32 fused": (
+        ConvCase(block=(64, 32), activation="gelu", extras=("bias", "residual"), **LARGE),
+        "bfloat16",
+    ),
+    "float16 64x16 permuted": (ConvCase(block=(64, 16), extras=EVERYTHING, **LARGE), "float16"),
+    "float16 128x64": (ConvCase(block=(128, 64), **LARGE), "float16"),
+    "float16 32x32": (ConvCase(block=(32, 32), **LARGE), "float16"),
+    "float16 strided": (ConvCase(block=(64, 64), stride=(2, 2), **LARGE), "float16"),
+    "float16 25x10": (ConvCase(c_out=50, c_in=20, block=(25, 10), kernel_size=(5, 5), batch=64), "float16"),
+    "tf32 64x64": (ConvCase(block=(64, 64), **LARGE), "float32"),
+}
+LINEARS = {
+    "float16 64x64": (LinearCase(1024, 1024, (64, 64), (4096,)), "float16"),
+    "float16 128x32": (LinearCase(1024, 1024, (128, 32), (4096,)), "float16"),
+    "float16 one token": (LinearCase(1024, 1024, (64, 64), (1,)), "float16"),
+    "bfloat16 64x64 permuted": (LinearCase(1024, 1024, (64, 64), (512,), extras=EVERYTHING), "bfloat16"),
+}
+
+
+def device_of(arch: int | str) -> DeviceInfo:
+    """The device that a target stands for."""
+    if isinstance(arch, str):
+        return DeviceInfo(arch, (0, 0), 304, triton.__version__, backend="hip")
+    return DeviceInfo(f"sm_{arch}", (arch // 10, arch % 10), 132, triton.__version__)
+
+
+def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
+    """The facts about every kernel that each case launches."""
+    device, cpu = device_of(arch), torch.device("cpu")
+    report: dict[str, list[Compiled]] = {}
+    for name, (case, dtype) in CONVS.items():
+        problem = Conv2dProblem(
+            case.batch,
+            case.c_in,
+            case.c_out,
+            case.height,
+            case.width,
+            case.kernel_size,
+            case.stride,
+            case.padding,
+            case.dilation,
+            case.block,
+            dtype,
+            1,
+        )
+        operands = conv2d_operands(case, getattr(torch, dtype), cpu)
+        with compiling(arch) as results:
+            config = default_conv2d_config(problem, device)
+            block_sparse_conv2d(**operands, allow_tf32=dtype == "float32", config=config)
+        report[f"conv2d {name}"] = results
+    for name, (case, dtype) in LINEARS.items():
+        problem = LinearProblem(case.tokens[0], case.in_features, case.out_features, case.block, dtype, 1)
+        operands = linear_operands(case, getattr(torch, dtype), cpu)
+        with compiling(arch) as results:
+            block_sparse_linear(**operands, config=default_linear_config(problem, device))
+        report[f"linear {name}"] = results
+    with compiling(arch) as results:
+        permute_channels(torch.empty(4, 20000), torch.arange(20000), dim=1)
+    report["permute"] = results
+    return report
+
+
+if __name__ == "__main__":
+    target = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+    compiled = compile_all(target)
+    print(json.dumps({name: [dataclasses.asdict(k) for k in kernels] for name, kernels in compiled.items()}))
