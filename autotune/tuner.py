@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import nn
 
 from tetris.autotune.cost import rank
 from tetris.autotune.device import device_info
-from tetris.autotune.problems import LayerInput, Problem, SparseLayer, capture_inputs, problem_of
+from tetris.autotune.problems import LayerInput, Problem, SparseLayer, capture_inputs, flop, problem_of
 from tetris.autotune.search import search
 from tetris.autotune.space import Config, config_space, default_config, is_valid
 from tetris.autotune.store import Entry, TuningStore, problem_key
@@ -69,6 +70,11 @@ class Tuning:
         return table + (f"\n{len(self.failures)} configurations failed or were wrong" if self.failures else "")
 
 
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun tells them; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The block-sparse layers of a converted model by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseConv2d | BlockSparseLinear)}
@@ -101,7 +107,7 @@ def tune_model(
     store: TuningStore | None = None,
     budget: int = 24,
     again: bool = False,
-    rank_and_world: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> Tuning:
     """Search a configuration for every distinct problem of a converted model; store it and set it on the layers.
@@ -114,8 +120,8 @@ def tune_model(
         store: where choices go; None = the user's.
         budget: configurations measured for each problem.
         again: search problems that the store already holds for this device and Triton version.
-        rank_and_world: this process and the number of processes that share the work, one GPU each (torchrun);
-            process r takes every world-th problem.
+        share: (rank, world): this process and how many share the work, one GPU each (see :func:`rank_and_world`);
+            it takes every world-th problem, the most expensive dealt out first. Its layers alone get a config.
         progress: called as ``progress(layer, problems done, problems in all)``.
     Returns:
         what was chosen and tried.
@@ -135,8 +141,9 @@ def tune_model(
         problem = problem_of(layers[name], x)
         problems.setdefault(problem_key(problem), (name, problem))
         tuning.layers.setdefault(problem_key(problem), []).append(name)
-    my_rank, world = rank_and_world
-    mine = list(problems.items())[my_rank::world]
+    rank_, world = share
+    dealt = list(problems.items()) if world == 1 else sorted(problems.items(), key=lambda item: -flop(item[1][1]))
+    mine = dealt[rank_::world]
     for done, (key, (name, problem)) in enumerate(mine):
         if progress:
             progress(name, done, len(mine))

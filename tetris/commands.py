@@ -18,6 +18,7 @@ import tetris
 from tetris.autotune import device as machine
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import time_us
+from tetris.autotune.tuner import rank_and_world, tune_model
 from tetris.errors import FileFormatError, TetrisError
 from tetris.files import atomic_directory
 from tetris.plans import ModelPlan
@@ -97,6 +98,26 @@ def plan_user_model(
     console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
     plan.save(out)
     console.print(f"{out}: use it with `tetris prune --plan {out}`", highlight=False, soft_wrap=True)
+
+
+def tune_user_model(user: UserModel, sparsity: Any, block: Any, seed: int, console: Console, budget: int = 24) -> None:
+    """Prune and convert as ``tetris prune`` would, then search kernel configurations and store the best.
+
+    Started by torchrun, every process tunes its share of the layers on its own GPU, into the one store.
+    """
+    check_runs(user)
+    pruned = tetris.prune(user.model, sparsity, block, "sort", example_inputs=user.inputs, seed=seed)
+    fast = tetris.convert(pruned, example_inputs=user.inputs)
+    store = TuningStore()
+    with _progress(console) as progress:
+        task = progress.add_task("tune", total=None)
+
+        def on_layer(name: str, done: int, total: int) -> None:
+            progress.update(task, description=f"tune {name}", completed=done, total=total)
+
+        tuning = tune_model(fast, user.inputs, store=store, budget=budget, share=rank_and_world(), progress=on_layer)
+    console.print(str(tuning), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{store.path}: {len(store.mine)} tuned choices", highlight=False, soft_wrap=True)
 
 
 def environment_table() -> Table:
