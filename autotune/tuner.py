@@ -75,6 +75,11 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_gpu() -> str:
+    """The GPU of this process: ``cuda:LOCAL_RANK`` under torchrun, otherwise ``cuda``."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The block-sparse layers of a converted model by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseConv2d | BlockSparseLinear)}

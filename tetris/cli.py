@@ -1,4 +1,4 @@
-"""The command line: ``tetris demo | prune | plan | tune | info | bench``.
+"""The command line: ``tetris demo | prune | plan | tune | tuned | info | bench``.
 
 Whatever goes wrong ends in one message on stderr: exit code 1 for bad input or files, 2 for wrong options. Outputs are
 written whole or not at all. Heavy imports happen inside the commands, so that ``tetris --help`` is quick.
@@ -89,8 +89,12 @@ def prune(
 def plan(
     target: Target,
     out: Annotated[Path, typer.Option(help="The plan's JSON file.")],
-    sparsity: Annotated[float, typer.Option(help="Fraction of the network to prune.")] = 0.73,
-    blocks: Annotated[str, typer.Option(help="Block sizes to measure: 32,64 or 64x32,64x64.")] = "32,64",
+    sparsity: Annotated[str, typer.Option(help="As for prune, or auto: a budget chooses each layer's.")] = "0.73",
+    blocks: Annotated[
+        str, typer.Option(help="Blocks to measure: 32,64 or 64x32,64x64; auto suits the device.")
+    ] = "auto",
+    target_speedup: Annotated[float | None, typer.Option(help="Reach this at the least lost importance.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Fraction of the importance that may go.")] = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     device: Device = None,
@@ -100,11 +104,17 @@ def plan(
 ) -> None:
     """Measure every layer at several block sizes on this machine and choose; `tetris prune --plan` takes the file."""
     from tetris.commands import plan_user_model
-    from tetris.user_model import parse_block
+    from tetris.user_model import parse_block, parse_sparsity
 
-    sizes = [parse_block(part.strip()) for part in blocks.split(",")]
+    options: dict[str, Any] = {
+        "sparsity": "auto" if sparsity == "auto" else parse_sparsity(sparsity),
+        "blocks": None if blocks == "auto" else tuple(parse_block(part.strip()) for part in blocks.split(",")),
+        "target_speedup": target_speedup,
+        "max_importance_loss": max_loss,
+        "seed": seed,
+    }
     user = _user_model(target, weights, input_shape, device, dtype, seed)
-    plan_user_model(user, out, sparsity, sizes, Console(), overwrite=force)
+    plan_user_model(user, out, options, Console(), overwrite=force)
 
 
 @app.command()
@@ -115,14 +125,37 @@ def tune(
     dtype: Dtype = "fp16",
     sparsity: Annotated[str, typer.Option(help="As for prune.")] = "0.73",
     block: Annotated[str, typer.Option(help="As for prune.")] = "auto",
+    budget: Annotated[int, typer.Option(help="Configurations to measure for every distinct layer.")] = 24,
     seed: Seed = 0,
 ) -> None:
-    """Time kernel configurations for your model's layers on this GPU and remember the best."""
+    """Time kernel configurations for your model's layers on this GPU and remember the best.
+
+    `torchrun --nproc-per-node 4 -m tetris.cli tune ...` spreads the layers over four GPUs.
+    """
+    from tetris.autotune.tuner import local_gpu
     from tetris.commands import tune_user_model
     from tetris.user_model import parse_block, parse_sparsity
 
-    user = _user_model(target, weights, input_shape, "cuda", dtype, seed)
-    tune_user_model(user, parse_sparsity(sparsity), parse_block(block), seed, Console())
+    user = _user_model(target, weights, input_shape, local_gpu(), dtype, seed)
+    tune_user_model(user, parse_sparsity(sparsity), parse_block(block), seed, Console(), budget)
+
+
+@app.command()
+def tuned(
+    export_to: Annotated[
+        Path | None, typer.Option("--export", help="Write this user's tuned choices to a file.")
+    ] = None,
+    import_from: Annotated[Path | None, typer.Option("--import", help="Merge such a file; the faster stay.")] = None,
+) -> None:
+    """Say which tuned choices there are, or carry them to another machine."""
+    from tetris.autotune.store import TuningStore
+
+    store, console = TuningStore(), Console()
+    if import_from is not None:
+        console.print(f"{store.import_from(import_from)} choices taken from {import_from}", highlight=False)
+    if export_to is not None:
+        console.print(f"{store.export(export_to)} choices written to {export_to}", highlight=False)
+    console.print(f"{len(store.mine)} choices in {store.path}, {len(store.shipped)} shipped", highlight=False)
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 import tetris
 from tetris.autotune import device as machine
+from tetris.autotune.planner import plan as make_plan
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import time_us
 from tetris.autotune.tuner import rank_and_world, tune_model
@@ -86,15 +86,20 @@ def prune_user_model(
 def plan_user_model(
     user: UserModel,
     out: Path,
-    sparsity: float,
-    blocks: Sequence[Any],
+    options: dict[str, Any],
     console: Console,
     overwrite: bool = False,
 ) -> None:
-    """Measure and choose (``tetris.plan``), print the table, write the JSON."""
+    """Measure and choose (``tetris.plan`` with ``options``), print the table, write the JSON."""
     check_free(out, overwrite)
     check_runs(user)
-    plan = tetris.plan(user.model, example_inputs=user.inputs, sparsity=sparsity, blocks=tuple(blocks))
+    with _progress(console) as progress:
+        task = progress.add_task("measure", total=None)
+
+        def on_layer(name: str, done: int, total: int) -> None:
+            progress.update(task, description=f"measure {name}", completed=done, total=total)
+
+        plan = make_plan(user.model, user.inputs, progress=on_layer, **options)
     console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
     plan.save(out)
     console.print(f"{out}: use it with `tetris prune --plan {out}`", highlight=False, soft_wrap=True)
