@@ -1,0 +1,70 @@
+"""The network bench on the CPU: a whole run at the smallest size, and the work it counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tetris.autotune.problems import LayerInput
+from tetris.bench.__main__ import bench_names, main, results_folder
+from tetris.bench.cases import VGG16_CONVS, VGG16_MODULES
+from tetris.bench.network_bench import dense_work, parse_blocks
+from tetris.bench.networks import NETWORKS, trained_like
+from tetris.bench.rows import read_csv
+from tetris.plans import ModelPlan
+from tetris.specs import prunable_layers
+
+
+def test_a_whole_run_writes_rows_and_plans(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--quick", "--model", "small-mlp", "--blocks", "32", "--repeats", "3", "--save-plan"]
+    assert main(["network", *options, "--out", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path / "network.csv")
+    assert {row.provider for row in rows} >= {"dense", "32x32"}
+    assert all(row.median_us > 0 and row.device.startswith("cpu") for row in rows if row.status == "ok")
+    plan = ModelPlan.load(tmp_path / "plans" / "small-mlp_b64.json")
+    whole = [row for row in rows if "layer" not in row.extra]
+    if plan.blocks:
+        assert {row.provider for row in whole} == {"dense eager", "tetris eager"}
+        assert max(row.error for row in whole if row.provider == "tetris eager") < 1e-5
+    else:
+        assert whole[0].status.startswith("skipped")
+    assert "small-mlp b64" in capsys.readouterr().out
+
+
+def test_vgg16_is_pruned_at_the_papers_rates() -> None:
+    rates = NETWORKS["vgg16"].sparsity
+    assert len(rates) == 15 and VGG16_MODULES["conv1_1"] not in rates
+    assert rates[VGG16_MODULES["conv4_2"]] == 0.73 and rates[VGG16_MODULES["fc6"]] == 0.96
+    with torch.device("meta"):
+        layers = prunable_layers(NETWORKS["vgg16"].make())
+    assert set(rates) < set(layers)
+
+
+def test_work_of_a_layer_matches_the_cases() -> None:
+    case = VGG16_CONVS[5].at(4)
+    layer = nn.Conv2d(case.c_in, case.c_out, 3, padding=1, device="meta")
+    x = LayerInput((4, case.c_in, case.height, case.width), torch.float16, torch.device("cpu"), True)
+    assert dense_work(layer, x, 0.25) == (case.flop(0.25), case.bytes(0.25))
+
+
+def test_trained_like_networks_keep_their_variance() -> None:
+    case = NETWORKS["small-vgg16"]
+    model = trained_like(case, "cpu", torch.float32)
+    spread: list[float] = []
+    for layer in prunable_layers(model).values():
+        layer.register_forward_hook(lambda module, inputs, output: spread.append(float(output.std())))
+    model(case.inputs(8, "cpu", torch.float32, seed=1))
+    assert all(0.2 < value < 5 for value in spread) and len(spread) == 16
+    factors = model.features[14].weight.flatten(1).norm(dim=1)
+    assert float(factors.max() / factors.min()) > 3  # rows differ as in a trained network
+
+
+def test_blocks_are_parsed() -> None:
+    assert parse_blocks("64x32,64") == ((64, 32), 64)
+
+
+def test_benches_are_found_by_their_files() -> None:
+    assert "network" in bench_names() and results_folder("cpu").name == "cpu"
+    with pytest.raises(SystemExit):
+        main(["no-such-bench"])
