@@ -9,6 +9,7 @@ from torch import nn
 import tetris
 from tetris.autotune import measure
 from tetris.autotune.measure import LayerTimer, ReorderedBlocks
+from tetris.autotune.plan_picture import block_speedup, plot_plan
 from tetris.autotune.planner import plan
 from tetris.autotune.problems import LayerInput, capture_inputs, flop, problem_of, size_bytes
 from tetris.autotune.timer import Timing
@@ -117,6 +118,13 @@ def test_really_measures_on_this_machine(net: Net) -> None:
     assert all(c.time_us > 0 for layer in found for c in layer.candidates)
     for layer in found:
         assert layer.block is None or layer.speedup > 1
+
+
+def test_the_plan_is_drawn(net: Net, recorded_clock: None, tmp_path) -> None:
+    found = plan(net, X, 0.75, blocks=(8, 16, 32))
+    assert block_speedup(found["conv2"], (32, 16)) == pytest.approx(100 / 45)
+    assert block_speedup(found["conv1"], (32, 16)) is None
+    assert b"<svg" in plot_plan(found, tmp_path / "deep" / "plan.svg").read_bytes()[:600]
 
 
 def test_progress_is_told(net: Net, recorded_clock: None) -> None:

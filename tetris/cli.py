@@ -95,6 +95,7 @@ def plan(
     ] = "auto",
     target_speedup: Annotated[float | None, typer.Option(help="Reach this at the least lost importance.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Fraction of the importance that may go.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw every layer's speedup per block: .png, .svg.")] = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     device: Device = None,
@@ -114,7 +115,7 @@ def plan(
         "seed": seed,
     }
     user = _user_model(target, weights, input_shape, device, dtype, seed)
-    plan_user_model(user, out, options, Console(), overwrite=force)
+    plan_user_model(user, out, options, Console(), overwrite=force, picture=plot)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import nn
 
 import tetris
 from tetris.autotune import device as machine
+from tetris.autotune.plan_picture import plot_plan
 from tetris.autotune.planner import plan as make_plan
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import time_us
@@ -89,8 +90,9 @@ def plan_user_model(
     options: dict[str, Any],
     console: Console,
     overwrite: bool = False,
+    picture: Path | None = None,
 ) -> None:
-    """Measure and choose (``tetris.plan`` with ``options``), print the table, write the JSON."""
+    """Measure and choose (``tetris.plan`` with ``options``), print the table, write the JSON and the picture."""
     check_free(out, overwrite)
     check_runs(user)
     with _progress(console) as progress:
@@ -102,6 +104,8 @@ def plan_user_model(
         plan = make_plan(user.model, user.inputs, progress=on_layer, **options)
     console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
     plan.save(out)
+    if picture is not None:
+        console.print(f"{plot_plan(plan, picture)}: speedup of every block", highlight=False, soft_wrap=True)
     console.print(f"{out}: use it with `tetris prune --plan {out}`", highlight=False, soft_wrap=True)
 
 
