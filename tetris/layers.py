@@ -58,7 +58,8 @@ class BlockSparseLayer(nn.Module):
         self.shape, self.block, self.n_blocks = shape, block, values.shape[0]
         self.activation, self.kept_fraction, self.config = activation, kept_fraction, config
         device = values.device
-        self.values = nn.Parameter(values, requires_grad=False)
+        # Taps and outputs share a dimension: `model.to(memory_format=torch.channels_last)` restrides 4-D parameters.
+        self.values = nn.Parameter(values.reshape(self.n_blocks, -1, block[1]), requires_grad=False)
         self.bias = nn.Parameter(values.new_zeros(shape[0]), requires_grad=False) if bias else None
         rows = -(-shape[0] // block[0])
         indptr = torch.zeros(rows + 1, dtype=torch.int32) if layout is None else layout.indptr
@@ -75,9 +76,14 @@ class BlockSparseLayer(nn.Module):
         """The stored blocks, in this layer's order of channels."""
         return BlockLayout(self.shape, self.block, self.indptr, self.indices)
 
+    @property
+    def blocks(self) -> Tensor:
+        """The values in the packed format: [n_blocks, (taps,) BLOCK_OUT, BLOCK_IN]."""
+        return self.values
+
     def dense_weight(self) -> Tensor:
         """The dense weight [C_OUT, C_IN, ...] in the order of the layer's inputs and outputs; pruned blocks are zero."""
-        weight = unpack(self.values, self.layout, self._kernel_size())
+        weight = unpack(self.blocks, self.layout, self._kernel_size())
         if self.output_permutation is not None:
             weight = weight[inverse(self.output_permutation)]
         return weight if self.input_permutation is None else weight[:, inverse(self.input_permutation)]
@@ -270,12 +276,16 @@ class BlockSparseConv2d(BlockSparseLayer):
         )  # fmt: skip
         return cast(BlockSparseConv2d, _copy_bias(layer, conv.bias, reordering).train(conv.training))
 
+    @property
+    def blocks(self) -> Tensor:
+        return self.values.view(self.n_blocks, -1, *self.block)
+
     def _kernel_size(self) -> tuple[int, ...]:
         return self.kernel_size
 
     def _prepare(self) -> Any:
         return cpu_conv2d.prepare(
-            self.values, self.indptr, self.indices, c_in=self.in_channels, c_out=self.out_channels,
+            self.blocks, self.indptr, self.indices, c_in=self.in_channels, c_out=self.out_channels,
             kernel_size=self.kernel_size, input_permutation=self.input_permutation,
             output_permutation=self.output_permutation,
         )  # fmt: skip
@@ -289,7 +299,7 @@ class BlockSparseConv2d(BlockSparseLayer):
                 activation=self.activation, residual=residual,
             )  # fmt: skip
         return ops.block_sparse_conv2d(
-            x, self.values, self.indptr, self.indices, self.bias, residual, self.input_permutation, self.output_permutation, [],
+            x, self.blocks, self.indptr, self.indices, self.bias, residual, self.input_permutation, self.output_permutation, [],
             self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
             torch.backends.cudnn.allow_tf32, self.config,
         )  # fmt: skip
