@@ -12,6 +12,7 @@ from tetris.autotune.ceilings import H200_FP16, Ceilings
 from tetris.autotune.problems import Problem, size_bytes
 from tetris.autotune.space import Config
 from tetris.kernels.configs import ITEM_SIZE, Conv2dConfig, Conv2dProblem, DeviceInfo, padded_block
+from tetris.kernels.hopper.heuristics import complete_tile
 from tetris.layout import ceil_div
 
 L2_BYTES_PER_S = 8.7e12
@@ -20,6 +21,12 @@ PROGRAM_US = 1.5
 """A program's prologue and epilogue that nothing overlaps."""
 STEP_US = 0.03
 """Waiting for one step's buffers: what makes small steps slow."""
+UNEVEN = 0.4
+"""How much longer than the mean the longest block row takes, as long as there are few tasks to even it out with."""
+OVERLAP = 0.1
+"""Share of the lesser of arithmetic and traffic that does not hide behind the greater."""
+COPIES = 1.25
+"""The ``copies`` order of the input writes shared memory once for every kernel column."""
 LAUNCH_US = 2.0
 MATRIX_ROWS = 64
 """Rows of a Hopper matrix instruction: blocks of fewer outputs waste the rest."""
@@ -27,12 +34,13 @@ MATRIX_ROWS = 64
 
 @dataclass(frozen=True)
 class Work:
-    """What one program does, in bytes and operations, and how many there are."""
+    """What one program does and how many there are; ``stall`` multiplies its time for buffers that are too few."""
 
     programs: int
     flop: float
     l2_bytes: float
     steps: float
+    stall: float
     per_sm: int
     persistent: bool
 
@@ -43,15 +51,17 @@ def estimate_us(problem: Problem, device: DeviceInfo, config: Config, ceilings: 
     rate = ceilings.flop_per_s * (1.0 if problem.dtype != "float32" else 0.5) / device.sm_count
     compute_us = work.flop / rate * 1e6
     feed_us = work.l2_bytes / (L2_BYTES_PER_S / device.sm_count) * 1e6
-    depth = 1.0 if config.kernel == "hopper" else 1.0 + 0.3 / max(config.num_stages - 2, 1)
-    one_us = max(compute_us, feed_us) * depth + work.steps * STEP_US
+    one_us = max(compute_us, feed_us) * work.stall + work.steps * STEP_US
     sms = device.sm_count
     if work.persistent:
-        busy = ceil_div(work.programs, sms) * (one_us + 0.2) + PROGRAM_US
+        rounds = work.programs / sms
+        uneven = max(rounds + UNEVEN * min(rounds, 1.0), 1.0 + UNEVEN)  # block rows differ; a schedule evens them out
+        busy = uneven * (one_us + 0.2) + PROGRAM_US
     else:
         waves = ceil_div(work.programs, sms * work.per_sm)
         busy = waves * work.per_sm * one_us + waves * PROGRAM_US
-    return LAUNCH_US + max(busy, size_bytes(problem) / ceilings.bytes_per_s * 1e6)
+    memory_us = size_bytes(problem) / ceilings.bytes_per_s * 1e6
+    return LAUNCH_US + max(busy, memory_us) + OVERLAP * min(busy, memory_us)
 
 
 def _work(problem: Problem, device: DeviceInfo, config: Config) -> Work:
@@ -85,7 +95,18 @@ def _work(problem: Problem, device: DeviceInfo, config: Config) -> Work:
     shared = max(1, (config.num_stages + 1) // 2) * (pixels + tile_out) * step * item
     per_sm = max(1, min(device.shared_bytes // max(shared, 1), 2048 // (32 * config.num_warps), 4))
     steps = per_row * k / step * (1 if config.kernel == "hopper" else taps)
-    return Work(programs, flop, l2_bytes, steps, per_sm, config.kernel == "hopper")
+    return Work(programs, flop, l2_bytes, steps, _stall(problem, config), per_sm, config.kernel == "hopper")
+
+
+def _stall(problem: Problem, config: Config) -> float:
+    """Waiting for loads: a pipeline of few stages, a ring of one buffer."""
+    if config.kernel != "hopper":
+        return 1.0 + 0.3 / max(config.num_stages - 2, 1)
+    if not isinstance(problem, Conv2dProblem) or not isinstance(config, Conv2dConfig):
+        return 1.0
+    tile = complete_tile(problem, config)
+    ring = 1.4 if tile.x_stages == 1 else 1.0
+    return ring * (COPIES if tile.copies else 1.0)
 
 
 def _halo_pixels(problem: Conv2dProblem, config: Conv2dConfig) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_estimates_know_what_the_measurements_taught() -> None:
     small = Conv2dConfig(tile_n=2, tile_h=4, tile_w=4, tile_k=32, num_stages=7)
     assert estimate_us(problem, H200, hopper) < estimate_us(problem, H200, portable) < estimate_us(problem, H200, small)
     assert rank(problem, H200, [small, portable, hopper]) == [hopper, portable, small]
+
+
+MEASURED_HOPPER = {
+    # problem: {(tile_n, tile_h, tile_w, tile_k): microseconds on an H200, random layout}
+    replace(conv(128, 512, 14, (64, 64)), n_blocks=17): {
+        (32, 7, 2, 32): 54.1, (32, 4, 2, 32): 62.4, (16, 4, 4, 32): 69.9, (64, 4, 2, 32): 87.3,
+    },
+    replace(conv(128, 256, 56, (64, 32)), n_blocks=9): {
+        (16, 4, 8, 32): 201.4, (8, 8, 8, 32): 209.5, (8, 4, 16, 32): 218.1,
+    },
+    replace(conv(128, 512, 28, (64, 32)), n_blocks=32): {
+        (32, 4, 4, 32): 172.4, (16, 7, 4, 32): 173.5, (16, 4, 4, 32): 186.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", MEASURED_HOPPER, ids=str)
+def test_estimates_agree_with_recorded_measurements(problem) -> None:
+    measured = MEASURED_HOPPER[problem]
+    for (n, h, w, k), us in measured.items():
+        config = Conv2dConfig(kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=k)
+        assert estimate_us(problem, H200, config) == pytest.approx(us, rel=0.12)
+
+
+def test_estimates_order_the_tiles_of_a_small_image() -> None:
+    problem, measured = next(iter(MEASURED_HOPPER.items()))
+    tiles = sorted(measured, key=lambda t: measured[t])
+    configs = [Conv2dConfig(kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=k) for n, h, w, k in tiles]
+    assert rank(problem, H200, configs[::-1]) == configs
 
 
 def true_time(problem, config) -> float:
