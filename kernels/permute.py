@@ -1,8 +1,9 @@
 """Channel permutation, y[..., j, ...] = x[..., permutation[j], ...], as a kernel of its own.
 
 The last resort: a permutation is free when it is folded into the neighbouring layers' weights. Where it cannot be,
-this runs at memory speed: rows of channels come in whole and in order, are shuffled on chip and leave in order.
-``index_select`` along the contiguous dimension, measured on an H200, takes 6.6 times the time of a copy.
+rows of channels come in by scattered loads that hit the cache, or in order to be shuffled between lanes, and leave in
+order. On an H200 (fp16, 128 images): 64 channels @224 take .398 ms and 512 @28 .110 ms, where a copy takes .391 and
+.054 ms, and ``index_select`` along the contiguous dimension 2.82 and .355 ms.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import triton.language as tl
 from tetris.kernels.configs import next_power_of_two
 from tetris.layout import ceil_div
 
-TILE_BYTES = 16384
-MAX_ROW_BYTES = 65536
+SHUFFLED_CHANNELS = 128
+"""Widest rows that are shuffled between the lanes of a warp: the work grows with the square of the width (at 512
+channels scattered loads take .110 ms, shuffles .140 ms and half a minute of compilation)."""
+
+SHUFFLED_TILE_BYTES, SCATTERED_TILE_BYTES = 8192, 4096
 
 
 @triton.jit
 def permute_rows_kernel(
     x_ptr, y_ptr, permutation_ptr, M, stride_xm, C: tl.constexpr, TILE_M: tl.constexpr, TILE_C: tl.constexpr
 ):
-    """Rows [M, C] whole: coalesced load, shuffle through shared memory, coalesced store. Grid: tiles of rows."""
+    """Rows [M, C] whole: coalesced load, shuffle between lanes, coalesced store. Grid: tiles of rows."""
     offs_m = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     offs_c = tl.arange(0, TILE_C)
     mask_c = offs_c < C
@@ -37,7 +41,7 @@ def permute_rows_kernel(
 def gather_rows_kernel(
     x_ptr, y_ptr, permutation_ptr, M, C, stride_xm, tiles_c, TILE_M: tl.constexpr, TILE_C: tl.constexpr
 ):
-    """Rows too long to hold: scattered loads that mostly hit the cache. Grid: tiles of rows x tiles of channels."""
+    """Scattered loads that hit the cache, coalesced stores. Grid: tiles of rows x tiles of channels."""
     offs_m = (tl.program_id(0) // tiles_c).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     offs_c = (tl.program_id(0) % tiles_c) * TILE_C + tl.arange(0, TILE_C)
     mask_c = offs_c < C
@@ -68,15 +72,15 @@ def permute_channels(x: torch.Tensor, permutation: torch.Tensor, *, dim: int) ->
     rows = moved.reshape(-1, channels)
     y = torch.empty_like(rows)
     if y.numel():
-        item = x.element_size()
-        tile_c = next_power_of_two(channels)
-        if tile_c * item <= MAX_ROW_BYTES:
-            tile_m = max(1, TILE_BYTES // (tile_c * item))
+        item, tile_c = x.element_size(), next_power_of_two(channels)
+        if channels <= SHUFFLED_CHANNELS:
+            tile_m = SHUFFLED_TILE_BYTES // (tile_c * item)
             permute_rows_kernel[(ceil_div(len(rows), tile_m),)](
                 rows, y, permutation, len(rows), rows.stride(0), channels, tile_m, tile_c
             )
         else:
-            tile_m, tile_c = 16, 512
+            tile_c = min(tile_c, SCATTERED_TILE_BYTES // item)
+            tile_m = SCATTERED_TILE_BYTES // (tile_c * item)
             tiles_c = ceil_div(channels, tile_c)
             gather_rows_kernel[(ceil_div(len(rows), tile_m) * tiles_c,)](
                 rows, y, permutation, len(rows), channels, rows.stride(0), tiles_c, tile_m, tile_c

@@ -87,7 +87,8 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
             block_sparse_linear(**operands, config=default_linear_config(problem, device))
         report[f"linear {name}"] = results
     with compiling(arch) as results:
-        permute_channels(torch.empty(4, 20000), torch.arange(20000), dim=1)
+        for channels in (100, 20000):
+            permute_channels(torch.empty(4, channels), torch.arange(channels), dim=1)
     report["permute"] = results
     return report
 

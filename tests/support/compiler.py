@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -78,7 +80,7 @@ def _target(arch: int | str) -> GPUTarget:
 
 
 def _assemble(ptx: str, arch: int) -> str:
-    """What ptxas prints for the PTX: resources and warnings, which Triton does not show."""
+    """What ptxas prints for the PTX: resources and warnings."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
@@ -125,11 +127,15 @@ def compiling(arch: int | str) -> Iterator[list[Compiled]]:
 
         return run
 
-    previous, launch = driver._active, JITFunction.__getitem__
+    previous, launch, assemble = driver._active, JITFunction.__getitem__, CUDABackend.make_cubin
     driver.set_active(StubDriver(_target(arch)))
     JITFunction.__getitem__ = compile_instead
+    CUDABackend.make_cubin = lambda *_: b""  # assembled by ``inspect``, which keeps what ptxas says
     try:
-        yield results
+        with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
+            knobs.cache.dir = cache  # nothing unassembled may stay in the user's cache
+            yield results
     finally:
         driver._active = previous
         JITFunction.__getitem__ = launch
+        CUDABackend.make_cubin = assemble
