@@ -87,11 +87,15 @@ def _powers(low: int, high: int) -> list[int]:
     return [1 << e for e in range(low.bit_length() - 1, high.bit_length()) if low <= 1 << e <= high]
 
 
-def _steps(problem: Problem) -> list[int]:
-    """Channels of a step: the block, or parts of it down to 32 bytes, at most 128 bytes."""
+def _steps(problem: Problem, joined: bool = False) -> list[int]:
+    """Channels of a step: the block, or parts of it down to 32 bytes, at most 128 bytes.
+
+    With ``joined`` also multiples of the block: several kept (block, tap) pairs in one step.
+    """
     item = ITEM_SIZE[problem.dtype]
     k = padded_block(problem.block)[1]
-    return [step for step in _powers(max(16, 32 // item), min(k, 128 // item)) if k % step == 0] or [k]
+    most = 128 // item
+    return [step for step in _powers(16, most if joined else min(k, most)) if k % step == 0 or step % k == 0] or [k]
 
 
 def boxes(problem: Conv2dProblem, pixels: int, waste: float = WASTE) -> list[tuple[int, int, int]]:
@@ -108,10 +112,9 @@ def boxes(problem: Conv2dProblem, pixels: int, waste: float = WASTE) -> list[tup
 
 
 def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Conv2dConfig]:
-    paths = [True, False] if device.has_descriptors and problem.stride == (1, 1) else [False]
-    for pixels, k, warps, stages, path in itertools.product(
-        (32, 64, 128, 256), _steps(problem), (4, 8), (3, 5, 7), paths
-    ):
+    by_descriptor = device.has_descriptors and problem.stride == (1, 1) and problem.block[1] >= 16
+    steps = [(k, path) for path in (True, False) for k in _steps(problem, joined=not path) if by_descriptor or not path]
+    for pixels, (k, path), warps, stages in itertools.product((32, 64, 128, 256), steps, (4, 8), (3, 5, 7)):
         if not _fits(problem, device, pixels, 0, k, warps, stages):
             continue
         shapes = boxes(problem, pixels, 1.15)[:4] if path else [(1, 1, pixels)]
