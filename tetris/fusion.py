@@ -1,4 +1,4 @@
-"""Fusing a traced model: batch norms into convolutions, activations and residual adds into block-sparse epilogues."""
+"""Fusing a traced model: batch norms into convolutions; activations, residual adds and pooling into block-sparse epilogues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tetris.layers import BlockSparseLayer
+from tetris.layers import BlockSparseConv2d, BlockSparseLayer
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -81,10 +81,18 @@ def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
     for node in list(traced.graph.nodes):
         if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
             _fuse_addition(traced, node, block_sparse, fused)
+        elif _is_max_pool(node, modules):
+            layer, source = block_sparse(node.args[0]), node.args[0]
+            if isinstance(layer, BlockSparseConv2d) and not layer.max_pool and single_user(source) is node:
+                layer.max_pool = True
+                fused.setdefault(str(source.target), []).append("2x2 max-pool")
+                node.replace_all_uses_with(source)
+                source.meta = dict(node.meta)
+                traced.graph.erase_node(node)
         elif (activation := _activation(node, modules)) is not None:
             source = node.args[0]
             layer = block_sparse(source)
-            if layer is not None and layer.activation == "none" and single_user(source) is node:
+            if layer is not None and layer.activation == "none" and not _pools(layer) and single_user(source) is node:
                 layer.activation = activation
                 fused.setdefault(str(source.target), []).append(activation)
                 node.replace_all_uses_with(source)
@@ -103,6 +111,28 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
+def _pools(layer: BlockSparseLayer) -> bool:
+    return isinstance(layer, BlockSparseConv2d) and layer.max_pool
+
+
+def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is plain 2x2 max-pooling with stride 2."""
+    if node.op == "call_module" and type(module := modules[str(node.target)]) is nn.MaxPool2d:
+        settings = [module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices]
+    elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        given = dict(zip(names, (None, None, 0, 1, False, False))) | dict(zip(names, node.args[1:])) | node.kwargs
+        settings = [given[name] for name in names]
+        settings[1] = settings[1] or settings[0]
+    else:
+        return False
+    return [tuple(v) if isinstance(v, list) else v for v in settings] in (
+        [2, 2, 0, 1, False, False],
+        [(2, 2), (2, 2), 0, 1, False, False],
+        [(2, 2), (2, 2), (0, 0), (1, 1), False, False],
+    )
+
+
 def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable, fused: dict[str, list[str]]) -> None:
     """x + layer(y) -> layer(y, residual=x), called where the addition stood; the later of two layers takes the sum."""
     if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) and _shape(a) for a in node.args):
@@ -112,7 +142,7 @@ def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable
         other = node.args[1] if source is node.args[0] else node.args[0]
         layer = block_sparse(source)
         fits = other is not source and _shape(other) == _shape(source)
-        if layer is None or layer.activation != "none" or source.kwargs or single_user(source) is not node or not fits:
+        if layer is None or layer.activation != "none" or _pools(layer) or source.kwargs or single_user(source) is not node or not fits:
             continue
         with traced.graph.inserting_before(node):
             call = traced.graph.call_module(str(source.target), source.args, {"residual": other})

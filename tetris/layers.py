@@ -10,16 +10,22 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris import ops
+from tetris.dispatch import Launch, conv2d_launch, dtype_name, linear_launch
 from tetris.errors import ShapeError, UnsupportedError, describe
+from tetris.kernels.configs import Conv2dProblem, LinearProblem
 from tetris.kernels.cpu import conv2d as cpu_conv2d
 from tetris.kernels.cpu import linear as cpu_linear
 from tetris.layout import BlockLayout
 from tetris.packing import pack, unpack
 from tetris.permutation import apply, inverse, is_identity, validate
 from tetris.reordering import Reordering
+
+
+Permutations = tuple[Tensor | None, Tensor | None]
 
 
 class BlockSparseLayer(nn.Module):
@@ -70,6 +76,7 @@ class BlockSparseLayer(nn.Module):
         self.register_buffer("output_permutation", _permutation_or_none(output_permutation, shape[0], device))
         self._prepared: Any = None
         self._prepared_from: tuple | None = None
+        self._launches: dict[tuple, Launch] = {}
 
     @property
     def layout(self) -> BlockLayout:
@@ -120,8 +127,44 @@ class BlockSparseLayer(nn.Module):
             self._prepared, self._prepared_from = self._prepare(), state
         return self._prepared
 
+    def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
+        raise NotImplementedError
+
+    def _make_launch(self, x: Tensor) -> Launch:
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, residual: Tensor | None, dim: int) -> Tensor:
+        """The registered operation; on a GPU between explicit permutations, since scattered 2-byte accesses cost more."""
+        if x.device.type == "cpu":
+            return self._call(x, residual, (self.input_permutation, self.output_permutation), Launch())
+        if self.input_permutation is not None:
+            x = ops.permute_channels(x, self.input_permutation, dim)
+        launch = self.launch(x)
+        if self.output_permutation is None:
+            return self._call(x, residual, (None, None), launch)
+        if residual is not None:
+            residual = ops.permute_channels(residual, self.output_permutation, dim)
+        return ops.permute_channels(self._call(x, residual, (None, None), launch), inverse(self.output_permutation), dim)
+
+    def launch(self, x: Tensor) -> Launch:
+        """Config and schedule for inputs like ``x``, made at the first such input and kept; nothing is tuned here.
+
+        A compiled model that meets a new shape runs the portable kernel: call the layer once before compiling.
+        """
+        key = (x.shape, x.dtype, x.device, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        found = self._launches.get(key)
+        if found is None:
+            if torch.compiler.is_compiling():
+                return Launch()
+            found = self._launches[key] = self._make_launch(x)
+        return found
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._launches.clear()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_prepared_from": None}
+        return {**self.__dict__, "_prepared": None, "_prepared_from": None, "_launches": {}}
 
     def extra_repr(self) -> str:
         parts = [f"{self.shape[1]}, {self.shape[0]}", f"block={self.block[0]}x{self.block[1]}"]
@@ -209,16 +252,27 @@ class BlockSparseLinear(BlockSparseLayer):
         ops.check_dtypes("BlockSparseLinear", x, self.values)
         if self._use_prepared(x):
             return cpu_linear.run(self.prepared(), x, self.bias, activation=self.activation, residual=residual)
+        return self._run(x, residual, -1)
+
+    def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
         return ops.block_sparse_linear(
-            x, self.values, self.indptr, self.indices, self.bias, residual, self.input_permutation, self.output_permutation, [],
-            self.out_features, self.activation, torch.backends.cuda.matmul.allow_tf32, self.config,
+            x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
+            self.out_features, self.activation, torch.backends.cuda.matmul.allow_tf32, launch.config,
         )  # fmt: skip
+
+    def _make_launch(self, x: Tensor) -> Launch:
+        tokens = x.numel() // x.shape[-1]
+        problem = LinearProblem(
+            tokens, self.in_features, self.out_features, self.block, dtype_name(x.dtype), self.n_blocks
+        )
+        return linear_launch(problem, self.indptr, self.indices, key=self.config)
 
 
 class BlockSparseConv2d(BlockSparseLayer):
     """y = activation(conv2d(x, W) + bias + residual) with a block-sparse W (eq. 3); x is [N, C_IN, H, W].
 
     Blocks span (output, input) channels and all kernel taps. Tensors are channels_last; others are converted on entry.
+    With ``max_pool`` the result is 2x2 max-pooled, in the kernel's registers where it can.
     """
 
     def __init__(
@@ -231,6 +285,7 @@ class BlockSparseConv2d(BlockSparseLayer):
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
+        max_pool: bool = False,
         **options: Any,
     ) -> None:
         values = options.pop("values", None)
@@ -239,6 +294,7 @@ class BlockSparseConv2d(BlockSparseLayer):
             values = torch.zeros(shape, dtype=options.pop("dtype", None), device=options.pop("device", None))
         super().__init__((out_channels, in_channels), block, values, **options)
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
+        self.max_pool = max_pool
 
     @property
     def in_channels(self) -> int:
@@ -294,19 +350,32 @@ class BlockSparseConv2d(BlockSparseLayer):
         self._check_input(x, 1, 4, "BlockSparseConv2d")
         ops.check_dtypes("BlockSparseConv2d", x, self.values)
         if self._use_prepared(x):
-            return cpu_conv2d.run(
+            y = cpu_conv2d.run(
                 self.prepared(), x, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
                 activation=self.activation, residual=residual,
             )  # fmt: skip
+            return F.max_pool2d(y, 2) if self.max_pool else y
+        return self._run(x, residual, 1)
+
+    def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
         return ops.block_sparse_conv2d(
-            x, self.blocks, self.indptr, self.indices, self.bias, residual, self.input_permutation, self.output_permutation, [],
-            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
-            torch.backends.cudnn.allow_tf32, self.config,
+            x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
+            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation, self.max_pool,
+            torch.backends.cudnn.allow_tf32, launch.config,
         )  # fmt: skip
+
+    def _make_launch(self, x: Tensor) -> Launch:
+        problem = Conv2dProblem(
+            x.shape[0], self.in_channels, self.out_channels, x.shape[2], x.shape[3], self.kernel_size, self.stride,
+            self.padding, self.dilation, self.block, dtype_name(x.dtype), self.n_blocks,
+        )  # fmt: skip
+        tf32 = torch.backends.cudnn.allow_tf32
+        return conv2d_launch(problem, self.indptr, key=self.config, max_pool=self.max_pool, allow_tf32=tf32)
 
     def extra_repr(self) -> str:
         geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
         geometry += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
+        geometry += ", max_pool" if self.max_pool else ""
         return f"{super().extra_repr()}, {geometry}"
 
 

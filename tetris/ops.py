@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tetris.dispatch import device_info, dtype_name
 from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import (
     Conv2dConfig,
@@ -26,49 +27,22 @@ from tetris.kernels.configs import (
     default_conv2d_config,
     default_linear_config,
 )
+from tetris.kernels.conv2d_paths import conv2d_launcher
+from tetris.kernels.linear_paths import linear_launcher
 from tetris.reference import dense_weight, finish
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float16`` -> "float16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-@functools.cache
-def device_info(device: torch.device) -> DeviceInfo:
-    """The facts about a GPU that choose a config.
-
-    Raises:
-        UnsupportedError: Triton is not installed (it exists for Linux only).
-    """
-    try:
-        import triton
-    except ImportError as error:
-        raise UnsupportedError(
-            f"GPU kernels: wanted Triton for {device}; it is not installed on this platform; install `triton` "
-            "(Linux only) or move the model and its inputs to the CPU"
-        ) from error
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceInfo(
-        name=properties.name,
-        capability=(properties.major, properties.minor),
-        sm_count=properties.multi_processor_count,
-        triton_version=triton.__version__,
-        backend="hip" if torch.version.hip else "cuda",
-    )
-
-
 @functools.lru_cache(maxsize=4096)
 def conv2d_config(problem: Conv2dProblem, device: DeviceInfo, key: str) -> Conv2dConfig:
-    """The config of a key, or the analytic default for the problem; pure, so remembering it is safe."""
+    """The config of a key, or the portable default for the problem; pure, so remembering it is safe."""
     return Conv2dConfig.from_key(key) if key else default_conv2d_config(problem, device)
 
 
 @functools.lru_cache(maxsize=4096)
 def linear_config(problem: LinearProblem, device: DeviceInfo, key: str) -> LinearConfig:
-    """The config of a key, or the analytic default for the problem; pure, so remembering it is safe."""
+    """The config of a key, or the portable default for the problem; pure, so remembering it is safe."""
     return LinearConfig.from_key(key) if key else default_linear_config(problem, device)
 
 
@@ -99,20 +73,22 @@ def block_sparse_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    max_pool: bool,
     allow_tf32: bool,
     config: str,
 ) -> Tensor:
-    """activation(conv2d(x, W) + bias + residual), W block-sparse (eq. 3).
+    """pool(activation(conv2d(x, W) + bias + residual)), W block-sparse (eq. 3).
 
     Args:
         x: [N, C_IN, H, W], channels_last.
         values, indptr, indices: packed blocks [n_blocks, KH * KW, BLOCK_OUT, BLOCK_IN] and their layout, no empty rows.
         bias: [C_OUT] in block-row order.
-        residual: like the output.
+        residual: like the output before pooling.
         input_permutation: channel j of the layer reads channel input_permutation[j] of x.
         output_permutation: output channel j of the layer is stored as channel output_permutation[j].
         schedule: the Hopper kernel's offline schedule, empty otherwise.
-        config: a :class:`~tetris.kernels.configs.Conv2dConfig` key; "" picks the analytic default.
+        max_pool: 2x2 max-pooling of the result; fused where the kernel can.
+        config: a :class:`~tetris.kernels.configs.Conv2dConfig` key; "" picks the portable kernel's default.
     Returns:
         [N, C_OUT, H', W'], channels_last, x's dtype.
     Cost: 2 N H' W' n_blocks KH KW BLOCK_OUT BLOCK_IN FLOP.
@@ -132,9 +108,13 @@ def block_sparse_conv2d(
         dtype=dtype_name(x.dtype),
         n_blocks=values.shape[0],
     )
-    from tetris.kernels.conv2d import block_sparse_conv2d as launch
+    chosen = conv2d_config(problem, device, config)
+    extra: dict[str, Any] = {}
+    if chosen.kernel == "hopper":
+        from tetris.kernels.hopper.schedule import Schedule
 
-    return launch(
+        extra = {"max_pool": max_pool, "schedule": Schedule(*schedule, makespan=1.0) if schedule else None}
+    y = conv2d_launcher(chosen.kernel)(
         x.contiguous(memory_format=torch.channels_last),
         values,
         indptr,
@@ -150,41 +130,46 @@ def block_sparse_conv2d(
         input_permutation=input_permutation,
         output_permutation=output_permutation,
         allow_tf32=allow_tf32,
-        config=conv2d_config(problem, device, config),
+        config=chosen,
+        **extra,
     )
+    return F.max_pool2d(y, 2) if max_pool and not extra else y
 
 
 @block_sparse_conv2d.register_kernel("cpu")
 def _conv2d_cpu(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
-    c_out, kernel_size, stride, padding, dilation, activation, allow_tf32, config,
+    c_out, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32, config,
 ):  # fmt: skip
     from tetris.kernels.cpu.conv2d import block_sparse_conv2d as run
 
-    return run(
+    y = run(
         x, values, indptr, indices, bias, c_out=c_out, kernel_size=tuple(kernel_size), stride=tuple(stride),
         padding=tuple(padding), dilation=tuple(dilation), activation=activation, residual=residual,
         input_permutation=input_permutation, output_permutation=output_permutation,
     )  # fmt: skip
+    return F.max_pool2d(y, 2) if max_pool else y
 
 
 @block_sparse_conv2d.register_fake
 def _conv2d_shape(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
-    c_out, kernel_size, stride, padding, dilation, activation, allow_tf32, config,
+    c_out, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32, config,
 ):  # fmt: skip
     height, width = conv2d_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    height, width = (height // 2, width // 2) if max_pool else (height, width)
     return x.new_empty((x.shape[0], c_out, height, width)).to(memory_format=torch.channels_last)
 
 
 def _conv2d_dense(x, values, bias, residual, indptr, indices, input_permutation, output_permutation, arguments):
     """The same function through a dense weight, differentiable; what gradients are taken of."""
-    c_out, kernel_size, stride, padding, dilation, activation = arguments[:6]
+    c_out, kernel_size, stride, padding, dilation, activation, max_pool = arguments[:7]
     if input_permutation is not None:
         x = x.index_select(1, input_permutation)
     weight = dense_weight(values, indptr, indices, (c_out, x.shape[1]), tuple(kernel_size))
     y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation))
-    return finish(y, bias, activation, residual, output_permutation, dim=1)
+    y = finish(y, bias, activation, residual, output_permutation, dim=1)
+    return F.max_pool2d(y, 2) if max_pool else y
 
 
 # -- linear -----------------------------------------------------------------------------------------------------------
@@ -218,9 +203,9 @@ def block_sparse_linear(
         dtype=dtype_name(x.dtype),
         n_blocks=values.shape[0],
     )
-    from tetris.kernels.linear import block_sparse_linear as launch
-
-    return launch(
+    chosen = linear_config(problem, device, config)
+    extra = {"schedule": schedule or None} if chosen.kernel == "hopper" else {}
+    return linear_launcher(chosen.kernel)(
         x.contiguous(),
         values,
         indptr,
@@ -232,7 +217,8 @@ def block_sparse_linear(
         input_permutation=input_permutation,
         output_permutation=output_permutation,
         allow_tf32=allow_tf32,
-        config=linear_config(problem, device, config),
+        config=chosen,
+        **extra,
     )
 
 

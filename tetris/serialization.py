@@ -141,7 +141,7 @@ def _layer_to_json(layer: ConvertedLayer) -> dict[str, Any]:
 
 def _block_sparse_to_json(layer: BlockSparseLayer) -> dict[str, Any]:
     common = ("block", "n_blocks", "activation", "kept_fraction", "config")
-    own = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    own = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "max_pool")
     names = (*common, *(own if isinstance(layer, BlockSparseConv2d) else ("in_features", "out_features")))
     return {
         "class": type(layer).__name__,

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from tetris.conversion import Conversion, ConvertedLayer
 from tetris.errors import ShapeError, TetrisError, describe
 from tetris.graph import ExampleInputs, as_arguments
-from tetris.layers import BlockSparseLayer
+from tetris.layers import BlockSparseConv2d, BlockSparseLayer
 from tetris.masking import bake_masks
 from tetris.permutation import apply, inverse
 from tetris.reference import activate
@@ -129,6 +130,8 @@ def _check_layer(
     if residual is not None:
         expected = expected + residual.double()
     expected = activate(expected, layer.activation)
+    if isinstance(layer, BlockSparseConv2d) and layer.max_pool:
+        expected = F.max_pool2d(expected, 2)
     tf32 = torch.backends.cudnn.allow_tf32 if y.dim() == 4 else torch.backends.cuda.matmul.allow_tf32
     limit = tolerance(y.dtype, allow_tf32=y.is_cuda and tf32)
     block = f"{layer.block[0]}x{layer.block[1]}, {layer.kept_fraction:.0%} kept"

@@ -1,0 +1,87 @@
+"""From a layer and an input to a launch: the kernel's config and, for the Hopper kernels, its offline schedule.
+
+Everything here depends on shapes and on the layout only, so a layer computes it once an input shape and keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tetris.errors import UnsupportedError
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.conv2d_paths import choose_conv2d_config
+from tetris.kernels.linear_paths import choose_linear_config
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an operation needs beyond its tensors: a config key ("" = the portable default) and schedule tensors."""
+
+    config: str = ""
+    schedule: list[Tensor] = field(default_factory=list)
+
+
+@functools.cache
+def device_info(device: torch.device) -> DeviceInfo:
+    """The facts about a GPU that choose a config.
+
+    Raises:
+        UnsupportedError: Triton is not installed (it exists for Linux only).
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise UnsupportedError(
+            f"GPU kernels: wanted Triton for {device}; it is not installed on this platform; install `triton` "
+            "(Linux only) or move the model and its inputs to the CPU"
+        ) from error
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceInfo(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        sm_count=properties.multi_processor_count,
+        triton_version=triton.__version__,
+        backend="hip" if torch.version.hip else "cuda",
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def conv2d_launch(
+    problem: Conv2dProblem, indptr: Tensor, *, key: str = "", max_pool: bool = False, allow_tf32: bool = False
+) -> Launch:
+    """The launch of a convolution on indptr's device: the config of ``key``, or the one chosen for the problem."""
+    device = device_info(indptr.device)
+    config = (
+        Conv2dConfig.from_key(key)
+        if key
+        else choose_conv2d_config(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
+    )
+    if config.kernel != "hopper":
+        return Launch(config.to_key())
+    from tetris.kernels.hopper.conv2d import conv2d_schedule
+
+    schedule = conv2d_schedule(indptr, problem, config, device.sm_count, indptr.device)
+    return Launch(config.to_key(), [schedule.program_ptr, schedule.order])
+
+
+def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:
+    """The launch of a linear layer on indptr's device: the config of ``key``, or the one chosen for the problem."""
+    device = device_info(indptr.device)
+    config = LinearConfig.from_key(key) if key else choose_linear_config(problem, device)
+    if config.kernel != "hopper":
+        return Launch(config.to_key())
+    from tetris.kernels.hopper.linear_schedule import make_linear_schedule
+
+    schedule = make_linear_schedule(
+        indptr, indices, in_features=problem.in_features, block=problem.block, tokens=problem.tokens,
+        tile_tokens=config.tile_tokens, n_programs=device.sm_count,
+    )  # fmt: skip
+    return Launch(config.to_key(), schedule.tensors)
