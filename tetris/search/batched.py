@@ -11,6 +11,7 @@ import torch
 
 from tetris.search.greedy import smallest_gain
 from tetris.search.partition import Partition
+from tetris.search.sums import require_triton
 
 _PARALLEL_GROUPS = 128
 
@@ -40,13 +41,35 @@ def sweep(
         about 4 n reads a turn.
     """
     if values.is_cuda:
-        raise NotImplementedError
+        return _sweep_on_gpu(values, partition, players, first_turn, turns, epsilon)
     from tetris.search import numba_kernels
 
     play = numba_kernels.sweep_parallel if partition.n_groups >= _PARALLEL_GROUPS else numba_kernels.sweep
     host = values.numpy()
     order, offsets = partition.order.numpy(), partition.offsets.numpy()
     return int(play(host, order, offsets, players.numpy(), first_turn, turns, host.dtype.type(epsilon)))
+
+
+def _sweep_on_gpu(
+    values: torch.Tensor, partition: Partition, players: torch.Tensor, first_turn: int, turns: int, epsilon: float
+) -> torch.Tensor:
+    require_triton("reorder")
+    from tetris.kernels.pair_split import play_tournament
+
+    order = partition.order.to(torch.int32)
+    swaps = play_tournament(
+        values,
+        order,
+        partition.offsets.to(torch.int32),
+        players.to(torch.int32),
+        first_turn,
+        turns,
+        epsilon,
+        capacity=partition.capacity,
+        programs=torch.cuda.get_device_properties(values.device).multi_processor_count,
+    )
+    partition.order.copy_(order)
+    return swaps
 
 
 def batched(values: torch.Tensor, partition: Partition) -> int:

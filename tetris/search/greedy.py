@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from tetris.search.partition import Partition
+from tetris.search.sums import require_triton
 
 UNLIMITED = 2**62
 
@@ -35,7 +36,7 @@ def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | Non
         O(n R) once and O(R) a swap, apart from rescans.
     """
     if values.is_cuda:
-        raise NotImplementedError
+        return _greedy_on_gpu(values, partition, trace)
     from tetris.search import numba_kernels
 
     record = torch.empty((0, 2), dtype=torch.int64) if trace is None else trace
@@ -49,3 +50,27 @@ def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | Non
             UNLIMITED,
         )
     )
+
+
+def _greedy_on_gpu(values: torch.Tensor, partition: Partition, trace: torch.Tensor | None) -> int:
+    """The persistent kernel; groups of unequal sizes, as joint searches make, go through the compiled CPU loop."""
+    if partition.n_groups < 2:
+        return 0
+    edge = partition.edge
+    if edge is None:
+        host = Partition(partition.order.cpu(), partition.offsets.cpu())
+        swaps = greedy(values.cpu(), host, trace)
+        partition.order.copy_(host.order)
+        return swaps
+    require_triton("reorder")
+    from tetris.kernels.swap_search import default_swap_search_config, swap_search
+
+    processors = torch.cuda.get_device_properties(values.device).multi_processor_count
+    config = default_swap_search_config(partition.n_groups, processors)
+    record = None if trace is None else trace.to(values.device)
+    swaps = swap_search(
+        values.contiguous(), partition.order, edge, smallest_gain(values), config=config, trace=record
+    )
+    if trace is not None and record is not None:
+        trace.copy_(record)
+    return int(swaps)

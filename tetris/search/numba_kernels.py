@@ -25,7 +25,7 @@ def sum_column_groups(matrix, labels, n_groups):
 
 @njit(cache=True, parallel=True)
 def sum_row_groups(matrix, labels, n_groups, chunk):
-    """[rows, columns] -> [n_groups, columns]: rows with the same label added up, in column chunks that stay in cache."""
+    """[rows, columns] -> [n_groups, columns]: rows of the same label added up, by chunks of columns."""
     rows, columns = matrix.shape
     sums = np.zeros((n_groups, columns), dtype=matrix.dtype)
     for part in prange((columns + chunk - 1) // chunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,11 +20,17 @@ class Partition:
     order: torch.Tensor
     offsets: torch.Tensor
 
+    @cached_property
+    def edge(self) -> int | None:
+        """Positions a group where all groups are equal but for a smaller last one; None otherwise."""
+        sizes = self.offsets.diff().tolist()
+        return sizes[0] if all(size == sizes[0] for size in sizes[:-1]) and sizes[-1] <= sizes[0] else None
+
     @property
     def n_groups(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """The size of the largest group."""
         return int(self.offsets.diff().max())

@@ -1,6 +1,6 @@
 """Group sums: the only operations of a search that read the whole matrix. On the CPU compiled loops, on a GPU kernels.
 
-A *label* is the group of a slice. Nothing here moves the matrix: a permutation changes only who belongs to which group.
+Nothing here moves the matrix: a permutation changes only who belongs to which group.
 """
 
 from __future__ import annotations
@@ -8,41 +8,35 @@ from __future__ import annotations
 import torch
 
 from tetris.errors import UnsupportedError
+from tetris.layout import ceil_div
 
 _CACHED_COLUMNS = 512
 
 
-def group_sums(matrix: torch.Tensor, labels: torch.Tensor, n_groups: int, dim: int) -> torch.Tensor:
-    """Slices along ``dim`` with the same label added up.
+def group_sums(matrix: torch.Tensor, order: torch.Tensor, group: int, dim: int) -> torch.Tensor:
+    """Slices along ``dim`` added up by groups of ``group`` consecutive positions.
 
     Args:
         matrix: float32 or float64 [rows, columns], contiguous.
-        labels: int64 [matrix.shape[dim]], entries in 0..n_groups-1, on the matrix's device.
+        order: int64 [matrix.shape[dim]]; the slice at every position, on the matrix's device.
     Returns:
-        ``dim=1``: [rows, n_groups]; ``dim=0``: [n_groups, columns]; the matrix's dtype.
+        ``dim=1``: [rows, groups]; ``dim=0``: [groups, columns]; the matrix's dtype.
     Cost:
         one read of the matrix.
     """
     if matrix.is_cuda:
-        return _cuda_sums(matrix, labels, n_groups, dim)
-    from numba import config, set_num_threads
+        require_triton("reorder")
+        from tetris.kernels import group_sums as kernels
 
+        return kernels.group_sums(matrix, order, group, dim=dim)
     from tetris.search import numba_kernels
 
-    source, groups = matrix.numpy(), labels.numpy()
-    threads = torch.get_num_threads()
-    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
-    try:
-        if dim == 1:
-            return torch.from_numpy(numba_kernels.sum_column_groups(source, groups, n_groups))
-        return torch.from_numpy(numba_kernels.sum_row_groups(source, groups, n_groups, _CACHED_COLUMNS))
-    finally:
-        torch.set_num_threads(threads)  # numba may share its OpenMP pool, whose size is the whole process's
-
-
-def _cuda_sums(matrix: torch.Tensor, labels: torch.Tensor, n_groups: int, dim: int) -> torch.Tensor:
-    shape = (n_groups, matrix.shape[1]) if dim == 0 else (matrix.shape[0], n_groups)
-    return matrix.new_zeros(shape).index_add_(dim, labels, matrix)
+    labels = torch.empty_like(order)
+    labels[order] = torch.arange(len(order)) // group
+    n_groups = ceil_div(len(order), group)
+    if dim == 1:
+        return torch.from_numpy(numba_kernels.sum_column_groups(matrix.numpy(), labels.numpy(), n_groups))
+    return torch.from_numpy(numba_kernels.sum_row_groups(matrix.numpy(), labels.numpy(), n_groups, _CACHED_COLUMNS))
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -80,15 +80,20 @@ class System:
         """Tell the system that the partition of ``key`` changed."""
         self._versions[key] += 1
 
-    def labels(self, index: int, dim: int) -> torch.Tensor:
-        """int64 [features]: the block row (``dim=0``) or column of every feature, in the original order."""
+    def feature_order(self, index: int, dim: int) -> torch.Tensor:
+        """int64 [features]: the feature of a problem at every position along ``dim``."""
         problem = self.problems[index]
-        positions = problem.blocks_of_unit(dim).flatten()
         key = problem.keys[dim]
         if key is None:
-            return positions
+            return identity(problem.matrix.shape[dim], problem.matrix.device)
+        order = self.partitions[key].order
+        return order if problem.repeats[dim] == 1 else expand(order, problem.repeats[dim])
+
+    def labels(self, index: int, dim: int) -> torch.Tensor:
+        """int64 [features]: the block row (``dim=0``) or column of every feature, in the original order."""
+        positions = self.problems[index].blocks_of_unit(dim).flatten()
         labels = torch.empty_like(positions)
-        labels[expand(self.partitions[key].order, problem.repeats[dim])] = positions
+        labels[self.feature_order(index, dim)] = positions
         return labels
 
     def _is_fresh(self, index: int, dim: int) -> bool:
@@ -99,7 +104,7 @@ class System:
         """[features of ``dim``, blocks of the other dimension]: the other dimension's blocks summed."""
         problem = self.problems[index]
         if not self._is_fresh(index, dim):
-            sums = group_sums(problem.matrix, self.labels(index, 1 - dim), problem.grid[1 - dim], 1 - dim)
+            sums = group_sums(problem.matrix, self.feature_order(index, 1 - dim), problem.block[1 - dim], 1 - dim)
             self._sums[index, dim] = (self._versions[problem.keys[1 - dim]], sums if dim == 0 else sums.T)
         return self._sums[index, dim][1]
 
@@ -107,8 +112,7 @@ class System:
         """[block rows, block columns] of a problem under the current partitions."""
         problem = self.problems[index]
         dim = 1 if self._is_fresh(index, 1) and not self._is_fresh(index, 0) else 0
-        sums = self.sums(index, dim)
-        blocks = sums.new_zeros(problem.grid[dim], sums.shape[1]).index_add_(0, self.labels(index, dim), sums)
+        blocks = group_sums(self.sums(index, dim).contiguous(), self.feature_order(index, dim), problem.block[dim], 0)
         return blocks if dim == 0 else blocks.T
 
     def expectation(self) -> tuple[list[torch.Tensor], float]:

@@ -1,0 +1,87 @@
+"""The kernels of the search against their definitions, on a GPU or in the interpreter with one program."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tetris.layout import ceil_div
+from tetris.search.greedy import greedy
+from tetris.search.partition import Partition
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def integer_values(n: int, groups: int, high: int, seed: int) -> torch.Tensor:
+    """Values whose sums and differences are exact; small ``high`` makes many ties."""
+    return torch.randint(0, high, (n, groups), generator=torch.Generator().manual_seed(seed)).double()
+
+
+def blocks(n: int, edge: int) -> Partition:
+    return Partition(torch.arange(n), torch.arange(0, n + edge, edge).clamp(max=n))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("shape", "group"), [((7, 50), 3), ((33, 20), 8), ((5, 6), 6), ((20, 70), 25)])
+def test_group_sums(shape, group, dim, device):
+    from tetris.kernels.group_sums import group_sums
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(1))
+    labels = torch.empty_like(order)
+    labels[order] = torch.arange(shape[dim]) // group
+    expected_shape = [ceil_div(shape[d], group) if d == dim else shape[d] for d in (0, 1)]
+    expected = torch.zeros(expected_shape, dtype=x.dtype).index_add(dim, labels, x)
+    got = group_sums(x.to(device), order.to(device), group, dim=dim)
+    assert torch.allclose(got.cpu(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "edge", "high"), [(24, 4, 1000), (24, 4, 5), (23, 4, 4), (40, 7, 9), (16, 8, 3), (5, 5, 9)])
+def test_swap_search_makes_the_paper_s_swaps(n, edge, high, device):
+    from tetris.kernels.swap_search import SwapSearchConfig, swap_search
+
+    groups = ceil_div(n, edge)
+    values = integer_values(n, groups, high, n)
+    partition, expected = blocks(n, edge), torch.full((200, 2), -1)
+    count = greedy(values, partition, expected)
+    layouts = [SwapSearchConfig(8)] + ([SwapSearchConfig(1), SwapSearchConfig(2)] if HAS_GPU else [])
+    for config in layouts:
+        order = torch.arange(n, device=device)
+        trace = torch.full((200, 2), -1, device=device)
+        swaps = swap_search(values.to(device), order, edge, 0.0, config=config, trace=trace)
+        assert torch.equal(trace.cpu(), expected) and int(swaps) == count
+        assert torch.equal(order.cpu(), partition.order)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "edge", "groups_per_program"), [(512, 32, 16), (4096, 32, 1), (4100, 32, 4), (3000, 8, 8)])
+def test_swap_search_makes_the_paper_s_swaps_at_full_size(n, edge, groups_per_program, device):
+    from tetris.kernels.swap_search import SwapSearchConfig, swap_search
+
+    values = integer_values(n, ceil_div(n, edge), 100, 0)
+    partition, expected = blocks(n, edge), torch.full((20000, 2), -1)
+    count = greedy(values, partition, expected)
+    for dtype in (torch.float64, torch.float32):
+        order, trace = torch.arange(n, device=device), torch.full((20000, 2), -1, device=device)
+        config = SwapSearchConfig(groups_per_program)
+        swaps = swap_search(values.to(device, dtype), order, edge, 0.0, config=config, trace=trace)
+        assert int(swaps) == count and torch.equal(trace.cpu(), expected)
+
+
+@pytest.mark.parametrize(("n", "edge", "high"), [(24, 4, 1000), (24, 4, 5), (23, 4, 4), (40, 7, 9), (16, 8, 3)])
+def test_tournament_matches_the_compiled_loops(n, edge, high, device):
+    from tetris.kernels.pair_split import play_tournament
+    from tetris.search.batched import sweep
+
+    values = integer_values(n, ceil_div(n, edge), high, n)
+    partition = blocks(n, edge)
+    players = torch.randperm(partition.n_groups, generator=torch.Generator().manual_seed(2))
+    swaps = sweep(values, partition, players, 3, 5, 0.0)
+    order = torch.arange(n, dtype=torch.int32, device=device)
+    tables = [t.to(device, torch.int32) for t in (partition.offsets, players)]
+    made = play_tournament(
+        values.to(device), order, *tables, 3, 5, 0.0, capacity=edge, programs=100 if HAS_GPU else 1
+    )
+    assert int(made) == swaps and torch.equal(order.cpu().long(), partition.order)
