@@ -134,6 +134,7 @@ class Conv2dConfig(KernelConfig):
             every load: more memory, far less address arithmetic.
         num_warps, num_stages: Triton's. Index loads share the stages: ask for 5-7 to get 3-4 tile buffers.
         x_stages, w_stages: "hopper" only: depth of the input-tile and weight rings; 0 = chosen by the kernel.
+        y_stages: "hopper" only: depth of the output ring; 0 = chosen by the kernel.
         w_taps: "hopper" only: kernel taps whose weights are loaded together; 0 = chosen by the kernel.
         input_order: "hopper" only: order of the input tile in shared memory, "images" or "copies".
         schedule: "hopper" only: "balanced" (offline, longest block rows first) or "static".
@@ -152,6 +153,7 @@ class Conv2dConfig(KernelConfig):
     num_stages: int = 5
     x_stages: int = 0
     w_stages: int = 0
+    y_stages: int = 0
     w_taps: int = 0
     input_order: str = "images"
     schedule: str = "balanced"

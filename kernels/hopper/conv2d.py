@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper.geometry import WGMMA_ROWS, ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
+from tetris.kernels.hopper.pairing import pair_block_rows
 from tetris.kernels.hopper.schedule import Schedule, make_schedule
+from tetris.layout import ceil_div
 
 __all__ = ["block_sparse_conv2d", "conv2d_schedule", "descriptors", "supports"]
 
@@ -23,23 +26,29 @@ def _problem(x: torch.Tensor, values: torch.Tensor, c_out: int, **geometry: Any)
 
 
 def conv2d_schedule(
-    indptr: torch.Tensor, problem: Conv2dProblem, config: Conv2dConfig, sm_count: int, device: torch.device | str
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    problem: Conv2dProblem,
+    config: Conv2dConfig,
+    sm_count: int,
+    device: torch.device | str,
 ) -> Schedule:
     """The schedule of a convolution; depends on its layout, output size and config only, so compute it once.
 
     Args:
-        indptr: int32 [block rows + 1]; read on the CPU (a device tensor costs a synchronization).
+        indptr, indices: the block layout; read on the CPU (device tensors cost a synchronization).
         problem, config: as the launch will have them.
         sm_count: programs to keep busy.
         device: where the schedule's tensors go.
     """
     tile = complete_tile(problem, config)
-    blocks = indptr.cpu().diff().tolist()
+    pairs = pair_block_rows(indptr, indices) if tile.parts > 1 else None
+    blocks = (indptr if pairs is None else pairs.indptr).cpu().diff().tolist()
     unit = tile.block_in / 64  # a step's cost in 64 x 64 blocks of a 3 x 3 kernel on a full tile
     unit *= tile.taps / 9 * tile.tile_h * tile.row_pixels / 512
     costs = [count * unit for count in blocks for _ in range(tile.halves)]
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    return make_schedule(costs, n * h * w, sm_count).to(device)
+    return replace(make_schedule(costs, n * h * w, sm_count), pairs=pairs).to(device)
 
 
 def block_sparse_conv2d(
@@ -47,7 +56,7 @@ def block_sparse_conv2d(
     values: torch.Tensor,
     indptr: torch.Tensor,
     indices: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
     *,
     c_out: int,
     kernel_size: tuple[int, int],
@@ -99,10 +108,10 @@ def block_sparse_conv2d(
     tile = complete_tile(problem, config, max_pool=max_pool)
     height, width = problem.output_size
     n, h, w = tile.tiles(problem.batch, height, width)
-    rows = problem.block_rows * tile.halves
+    rows = ceil_div(problem.block_rows, tile.parts) * tile.halves
     if schedule is None:
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
-        schedule = conv2d_schedule(indptr, problem, config, sm_count, x.device)
+        schedule = conv2d_schedule(indptr, indices, problem, config, sm_count, x.device)
     if len(schedule.order) != rows * n * h * w:
         raise ShapeError(
             f"hopper convolution: wanted a schedule of {rows * n * h * w} tiles ({rows} rows x {n} x {h} x {w}); "
@@ -130,19 +139,27 @@ def launch_arguments(
     *,
     activation: str,
     max_pool: bool,
-    defer: bool = True,
+    turns: bool = True,
     producer_warps: int = 1,
 ) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
 
-    ``defer`` (keep one tap's products in flight while the next starts) and ``producer_warps`` are there for ablations.
+    ``turns`` (the warpgroups multiply half a step apart) and ``producer_warps`` are there for ablations.
     """
     scale = 2 if max_pool else 1
     _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)
-    rows = (len(indptr) - 1) * tile.halves
-    tensors = [bias if bias is not None else values, indptr, indices, schedule.program_ptr, schedule.order]
+    rows = ceil_div(len(indptr) - 1, tile.parts) * tile.halves
+    pairs = schedule.pairs
+    lists = [indptr, indices, None, None] if pairs is None else [pairs.indptr, pairs.indices, pairs.blocks, pairs.rows]
+    tensors = [bias, *lists, schedule.program_ptr, schedule.order]
     flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    options = {"POOL": max_pool, "DEFER": defer, "PRODUCER_WARPS": producer_warps, "T": tile, "num_warps": 4}
+    options = {
+        "POOL": max_pool,
+        "TURNS": turns and tile.turns,
+        "PRODUCER_WARPS": producer_warps,
+        "T": tile,
+        "num_warps": 4,
+    }
     return [*descriptors(x, values, y, residual, tile, max_pool), *tensors, rows, h, w, y.shape[1]], flags | options
 
 
@@ -158,27 +175,35 @@ def device_info(device: torch.device) -> DeviceInfo:
 def descriptors(
     x: torch.Tensor, values: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None, tile: ConvTile, pool: bool
 ) -> list[Any]:
-    """Tensor descriptors (input, its halo, weights, output, residual) of one launch, in the kernel's order.
+    """Tensor descriptors (input, halo, odd columns, their halo, weights, output, residual) in the kernel's order.
 
-    Activations appear as [H, W, N, C], so that boxes come out in the order of the shared-memory tile.
+    Activations appear as [H, W, N, C], so that boxes come out in the order of the shared-memory tile. What a launch
+    does not need is None.
     """
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     bits = 8 * tile.item_size
-
-    def image(tensor: torch.Tensor, rows: int, columns: int, channels: int, swizzle: int) -> TensorDescriptor:
-        n, c, h, w = tensor.shape
-        layout = NVMMASharedLayout(swizzle, bits, rank=4)
-        box = [rows, columns, tile.tile_n, channels]
-        return TensorDescriptor(tensor, [h, w, n, c], [w * c, c, h * w * c, 1], box, layout)
-
     k_bytes = tile.tile_k * tile.item_size
+
+    def image(tensor: torch.Tensor, box: list[int], swizzle: int, parity: int = 0, step: int = 1) -> TensorDescriptor:
+        n, c, h, w = tensor.shape
+        shape, strides = [h, ceil_div(w - parity, step), n, c], [w * c, step * c, h * w * c, 1]
+        return TensorDescriptor(tensor[..., parity:], shape, strides, box, NVMMASharedLayout(swizzle, bits, rank=4))
+
+    def input_columns(parity: int, width: int) -> TensorDescriptor | None:
+        if width == 0 or parity not in tile.planes:
+            return None
+        return image(x, [1, width, tile.tile_n, tile.tile_k], k_bytes, parity, tile.stride[1])
+
     weights = values.view(-1, tile.block_in)
+    w_box = [min(WGMMA_ROWS, tile.block_out), tile.tile_k]
     w_layout = NVMMASharedLayout(k_bytes, bits, rank=2)
-    w_desc = TensorDescriptor(weights, list(weights.shape), [tile.block_in, 1], [WGMMA_ROWS, tile.tile_k], w_layout)
-    rows, columns = tile.rows_per_accumulator, tile.tile_w // (2 if pool else 1)
-    y_desc = image(y, rows, columns, WGMMA_ROWS, 128)
-    r_desc = y_desc if residual is None else image(residual, rows, tile.tile_w, WGMMA_ROWS, 128)
-    x_descs = [image(x, 1, box, tile.tile_k, k_bytes) for box in (tile.tile_w, tile.halo_box)]
+    w_desc = TensorDescriptor(weights, list(weights.shape), [tile.block_in, 1], w_box, w_layout)
+    (rows, columns), width = tile.y_box, WGMMA_ROWS // tile.parts
+    y_desc = image(y, [rows, columns // (2 if pool else 1), tile.tile_n, width], tile.y_swizzle_bytes)
+    r_desc = None
+    if residual is not None:
+        r_desc = image(residual, [rows, columns, tile.tile_n, width], tile.y_swizzle_bytes)
+    x_descs = [input_columns(parity, width) for parity in (0, 1) for width in (tile.tile_w, tile.halo_box)]
     return [*x_descs, w_desc, y_desc, r_desc]

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tetris.kernels.hopper.epilogue_device import activate, pool_columns
+from tetris.kernels.hopper.epilogue_device import activate, pixel_chunk, pool_columns
 
 
 @gluon.jit
@@ -35,38 +35,41 @@ def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
 
 
 @gluon.jit
-def load_input_tile(x_desc, halo_desc, x_buffer, barrier, stage, y0, x0, n0, channel, T: gl.constexpr):
-    """Issue the loads of one input stage: TILE_K channels of the tile and its halo; TMA zero-fills the padding."""
-    DTYPE: gl.constexpr = x_desc.dtype
-    LAYOUT: gl.constexpr = x_desc.layout
+def load_input_tile(x_descs, x_buffer, barrier, stage, y0, x0, n0, channel, T: gl.constexpr):
+    """Issue the loads of one input stage: TILE_K channels of the tile and its halo; TMA zero-fills the padding.
+
+    ``x_descs``: for even and odd columns (the same where the width's stride is 1), boxes of the tile and of its halo.
+    """
+    DTYPE: gl.constexpr = x_buffer.dtype
+    LAYOUT: gl.constexpr = x_descs[0].layout
     ROWS: gl.constexpr = T.input_rows
-    COPIES: gl.constexpr = T.kernel_width if T.copies else 1
-    HALO_BOXES: gl.constexpr = T.halo_boxes
+    LOADS: gl.constexpr = len(T.column_loads)
     BOX: gl.constexpr = [1, T.tile_w, T.tile_n, T.tile_k]
     HALO_BOX: gl.constexpr = [1, T.halo_box, T.tile_n, T.tile_k]
     mbarrier.expect(barrier, T.x_step_bytes)
-    for copy in gl.static_range(COPIES):
-        for row in gl.static_range(ROWS):
-            group = stage * T.stage_groups + (copy * ROWS + row) * T.row_groups
-            x = x0 - T.padding_w + copy * T.dilation_w
-            main = x_buffer.index(group)._reinterpret(DTYPE, BOX, LAYOUT)
-            tma.async_copy_global_to_shared(x_desc, [y0 - T.padding_h + row, x, n0, channel], barrier, main)
-            for box in gl.static_range(HALO_BOXES):
-                columns = T.tile_w + box * T.halo_box
-                halo = x_buffer.index(group + columns * T.tile_n // 8)._reinterpret(DTYPE, HALO_BOX, LAYOUT)
-                tma.async_copy_global_to_shared(
-                    halo_desc, [y0 - T.padding_h + row, x + columns, n0, channel], barrier, halo
-                )
+    for row in gl.static_range(ROWS):
+        first = stage * T.stage_groups + row * T.row_groups
+        y = y0 * T.stride_h - T.padding_h + row * T.row_step
+        for i in gl.static_range(LOADS):
+            place = [y, x0 + T.column_loads[i].column, n0, channel]
+            target = x_buffer.index(first + T.column_loads[i].group)
+            if T.column_loads[i].halo:
+                target = target._reinterpret(DTYPE, HALO_BOX, LAYOUT)
+                tma.async_copy_global_to_shared(x_descs[2 * T.column_loads[i].parity + 1], place, barrier, target)
+            else:
+                target = target._reinterpret(DTYPE, BOX, LAYOUT)
+                tma.async_copy_global_to_shared(x_descs[2 * T.column_loads[i].parity], place, barrier, target)
 
 
 @gluon.jit
 def producer(
-    x_desc, halo_desc, w_desc, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x,
+    x_descs, w_desc, indptr, indices, blocks, program_ptr, order, rows, tiles_y, tiles_x,
     x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: input tiles and weights of every tile of this program, as far ahead as the rings allow."""
     W_GROUPS: gl.constexpr = T.taps // T.w_taps
     W_TAPS: gl.constexpr = T.w_taps
+    PARTS: gl.constexpr = T.parts
     xi = 0
     wi = 0
     program = gl.program_id(0)
@@ -74,30 +77,48 @@ def producer(
         row, y0, x0, n0 = tile_origin(gl.load(order + position), rows, tiles_y, tiles_x, T)
         block_row = row // T.halves
         half = row % T.halves
-        for block in range(gl.load(indptr + block_row), gl.load(indptr + block_row + 1)):
-            column = gl.load(indices + block)
+        for entry in range(gl.load(indptr + block_row), gl.load(indptr + block_row + 1)):
+            column = gl.load(indices + entry)
             for step in range(T.k_steps):
                 stage = xi % T.x_stages
                 mbarrier.wait(x_empty.index(stage), ((xi // T.x_stages) & 1) ^ 1)
                 channel = column * T.block_in + step * T.tile_k
-                load_input_tile(x_desc, halo_desc, x_buffer, x_full.index(stage), stage, y0, x0, n0, channel, T)
+                load_input_tile(x_descs, x_buffer, x_full.index(stage), stage, y0, x0, n0, channel, T)
                 xi += 1
                 for group in range(W_GROUPS):
                     w_stage = wi % T.w_stages
                     mbarrier.wait(w_empty.index(w_stage), ((wi // T.w_stages) & 1) ^ 1)
                     mbarrier.expect(w_full.index(w_stage), T.w_step_bytes)
-                    for tap in gl.static_range(W_TAPS):
-                        w_row = (block * T.taps + group * W_TAPS + tap) * T.block_out + half * 64
-                        target = w_buffer.index(w_stage * W_TAPS + tap)
-                        tma.async_copy_global_to_shared(w_desc, [w_row, step * T.tile_k], w_full.index(w_stage), target)
+                    for part in gl.static_range(PARTS):
+                        block = entry
+                        if PARTS > 1:  # one past the last block where this row has none: TMA reads zeros there
+                            block = gl.load(blocks + entry * PARTS + part)
+                        for tap in gl.static_range(W_TAPS):
+                            w_row = (block * T.taps + group * W_TAPS + tap) * T.block_out + half * 64
+                            target = w_buffer.index((w_stage * W_TAPS + tap) * PARTS + part)
+                            tma.async_copy_global_to_shared(
+                                w_desc, [w_row, step * T.tile_k], w_full.index(w_stage), target
+                            )
                     wi += 1
 
 
 @gluon.jit
+def load_weights(w_buffer, index, LEFT: gl.constexpr, T: gl.constexpr):
+    """[64, TILE_K] weights of one tap, to registers."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, T.item_size * 8, rank=2)
+    return w_buffer.index(index * T.parts)._reinterpret(w_buffer.dtype, [64, T.tile_k], LAYOUT).load(LEFT)
+
+
+@gluon.jit
 def multiply_step(
-    accs, x_buffer, w_buffer, w_full, w_empty, wi, base, R: gl.constexpr, DEFER: gl.constexpr, T: gl.constexpr
-):
-    """All taps of one step: ``accs`` += weights x shifted tile; returns (accs, weight groups consumed so far)."""
+    accs, x_buffer, w_buffer, x_full, w_full, w_empty, turn, xi, wi,
+    WARPGROUP: gl.constexpr, R: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """All taps of one step: ``accs`` += weights x shifted tile; returns (accs, weight groups consumed so far).
+
+    With TURNS the two warpgroups multiply in turns, half a step apart: one's epilogue then runs beside the other's
+    products, and the tensor cores do not wait for either.
+    """
     DTYPE: gl.constexpr = x_buffer.dtype
     N: gl.constexpr = T.accumulator_pixels
     TAPS: gl.constexpr = T.taps
@@ -106,18 +127,26 @@ def multiply_step(
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 // T.item_size)
     RIGHT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, T.item_size * 8, rank=2)
+    ROW0: gl.constexpr = 0 if WARPGROUP == 0 else T.consumer_rows[0]
     w_stage = wi % T.w_stages
     mbarrier.wait(w_full.index(w_stage), (wi // T.w_stages) & 1)
-    w = w_buffer.index(w_stage * T.w_taps).load(LEFT)
+    w = load_weights(w_buffer, w_stage * T.w_taps, LEFT, T)
     w_before = w
+    x_stage = xi % T.x_stages
+    base = x_stage * T.stage_groups + ROW0 * T.row_stride * T.row_groups
+    mbarrier.wait(x_full.index(x_stage), (xi // T.x_stages) & 1)
+    if TURNS:
+        mbarrier.wait(turn.index(WARPGROUP), (xi & 1) ^ (1 - WARPGROUP))
     for tap in gl.static_range(TAPS):
         started = ()
         for r in gl.static_range(R):
-            row = r * T.rows_per_accumulator + tap // T.kernel_width * T.dilation_h
-            pixels = x_buffer.index(base + row * T.row_groups + tap % T.kernel_width * T.column_groups)
+            row = r * T.rows_per_accumulator * T.row_stride + tap // T.kernel_width * T.dilation_h
+            pixels = x_buffer.index(base + row * T.row_groups + T.column_groups[tap % T.kernel_width])
             pixels = pixels._reinterpret(DTYPE, [N, T.tile_k], RIGHT).permute((1, 0))
             started = started + (warpgroup_mma(w, pixels, accs[r], is_async=True),)
-        if DEFER and tap > 0:  # the tap before has ended: its weights' registers are free again
+        if TURNS and tap + 1 == TAPS:
+            mbarrier.arrive(turn.index(1 - WARPGROUP))
+        if tap > 0:  # the tap before has ended: its weights' registers are free again
             waited = warpgroup_mma_wait(R, deps=started + (w_before,))
             started = waited[:R]
         w_before = w
@@ -127,11 +156,11 @@ def multiply_step(
                 wi += 1
                 w_stage = wi % T.w_stages
                 mbarrier.wait(w_full.index(w_stage), (wi // T.w_stages) & 1)
-            w = w_buffer.index(w_stage * T.w_taps + (tap + 1) % T.w_taps).load(LEFT)
+            w = load_weights(w_buffer, w_stage * T.w_taps + (tap + 1) % T.w_taps, LEFT, T)
         else:
             mbarrier.arrive(w_empty.index(w_stage))
             wi += 1
-        if not DEFER or tap + 1 == TAPS:
+        if tap + 1 == TAPS:
             waited = warpgroup_mma_wait(0, deps=started + (w_before,))
             started = waited[:R]
         accs = started
@@ -139,11 +168,20 @@ def multiply_step(
 
 
 @gluon.jit
+def first_channel(row, part, row_of_part, T: gl.constexpr):
+    """Where the output channels of one part of a row of 64 begin."""
+    channel = row * 64
+    if T.parts > 1:
+        channel = gl.load(row_of_part + row * T.parts + part) * T.block_out
+    return channel
+
+
+@gluon.jit
 def consumer(
-    y_desc, r_desc, bias, indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out,
-    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
+    y_desc, r_desc, bias, indptr, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
     WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    POOL: gl.constexpr, DEFER: gl.constexpr, T: gl.constexpr,
+    POOL: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: accumulates its rows of every tile, then bias, residual, activation, pool and store."""
     DTYPE: gl.constexpr = y_desc.dtype
@@ -154,10 +192,18 @@ def consumer(
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32 // T.item_size]
     )
-    OUT_N: gl.constexpr = N // 2 if POOL else N
-    OUT_R: gl.constexpr = R // 2 if POOL else R
+    CHUNKS: gl.constexpr = T.y_chunks
+    PIXELS: gl.constexpr = N // CHUNKS
+    CHUNK: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 32 // T.item_size]
+    )
     SHRINK: gl.constexpr = 2 if POOL else 1
-    Y_BOX: gl.constexpr = [ROWS, T.tile_w // SHRINK, T.tile_n, 64]
+    OUT_R: gl.constexpr = R // SHRINK
+    OUT_PIXELS: gl.constexpr = PIXELS // SHRINK
+    PARTS: gl.constexpr = T.parts
+    WIDTH: gl.constexpr = 64 // T.parts
+    BOX: gl.constexpr = [T.y_box[0], T.y_box[1], T.tile_n, WIDTH]
+    OUT_BOX: gl.constexpr = [T.y_box[0], T.y_box[1] // SHRINK, T.tile_n, WIDTH]
     xi = 0
     wi = 0
     yi = 0
@@ -170,77 +216,86 @@ def consumer(
         for _r in gl.static_range(R):
             accs = accs + (gl.zeros((64, N), gl.float32, ACC),)
         for _step in range(gl.load(indptr + block_row) * T.k_steps, gl.load(indptr + block_row + 1) * T.k_steps):
-            stage = xi % T.x_stages
-            mbarrier.wait(x_full.index(stage), (xi // T.x_stages) & 1)
-            base = stage * T.stage_groups + ROW0 * T.row_groups
-            accs, wi = multiply_step(accs, x_buffer, w_buffer, w_full, w_empty, wi, base, R, DEFER, T)
-            mbarrier.arrive(x_empty.index(stage))
+            accs, wi = multiply_step(
+                accs, x_buffer, w_buffer, x_full, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
+            )
+            mbarrier.arrive(x_empty.index(xi % T.x_stages))
             xi += 1
 
-        channels = row * 64 + gl.arange(0, 64, gl.SliceLayout(1, ACC))
         if HAS_BIAS:
+            lanes = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
+            channels = row * 64 + lanes
+            if PARTS > 1:
+                channels = gl.load(row_of_part + row * PARTS + lanes // WIDTH) * WIDTH + lanes % WIDTH
             shift = gl.load(bias + channels, mask=channels < c_out, other=0.0).to(gl.float32)
         for r in gl.static_range(OUT_R):
-            y = y0 + ROW0 + r * ROWS * SHRINK
-            slot = WARPGROUP * T.y_stages + yi % T.y_stages
-            tma.store_wait(T.y_stages - 1)
-            out = y_buffer.index(slot)
-            for half in gl.static_range(SHRINK):
-                value = accs[r * SHRINK + half]
-                if HAS_BIAS:
-                    value = value + gl.expand_dims(shift, 1)
-                if HAS_RESIDUAL:
-                    mbarrier.expect(r_full.index(WARPGROUP), 64 * N * T.item_size)
-                    target = out._reinterpret(DTYPE, [ROWS, T.tile_w, T.tile_n, 64], r_desc.layout)
-                    tma.async_copy_global_to_shared(
-                        r_desc, [y + half * ROWS, x0, n0, row * 64], r_full.index(WARPGROUP), target
-                    )
-                    mbarrier.wait(r_full.index(WARPGROUP), ri & 1)
-                    ri += 1
-                    value = value + out.permute((1, 0)).load(ACC).to(gl.float32)
-                value = activate(value, ACTIVATION)
-                if half == 0:
-                    kept = value
-                else:
-                    kept = gl.maximum(kept, value)
-            if POOL:
-                kept = pool_columns(kept, T.tile_w, T.tile_n)
-                out = out._reinterpret(DTYPE, [OUT_N, 64], out.layout)
-            out.permute((1, 0)).store(kept.to(DTYPE))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(
-                y_desc, [y // SHRINK, x0 // SHRINK, n0, row * 64], out._reinterpret(DTYPE, Y_BOX, y_desc.layout)
-            )
-            yi += 1
+            for chunk in gl.static_range(CHUNKS):
+                tma.store_wait((T.y_stages - 1) * PARTS)
+                out = y_buffer.index(WARPGROUP * T.y_stages + yi % T.y_stages)
+                yi += 1
+                x = x0 + (chunk * T.y_box[1] if T.y_box[0] == 1 else 0)
+                y = y0 + ROW0 + r * ROWS * SHRINK + (0 if T.y_box[0] == 1 else chunk * T.y_box[0])
+                for half in gl.static_range(SHRINK):
+                    value = pixel_chunk(accs[r * SHRINK + half], chunk, CHUNKS, CHUNK)
+                    if HAS_BIAS:
+                        value = value + gl.expand_dims(shift, 1)
+                    if HAS_RESIDUAL:
+                        mbarrier.expect(r_full.index(WARPGROUP), 64 * PIXELS * T.item_size)
+                        for part in gl.static_range(PARTS):
+                            target = out._reinterpret(DTYPE, [PARTS, PIXELS, WIDTH], out.layout).index(part)
+                            target = target._reinterpret(DTYPE, BOX, r_desc.layout)
+                            place = [y + half * ROWS, x, n0, first_channel(row, part, row_of_part, T)]
+                            tma.async_copy_global_to_shared(r_desc, place, r_full.index(WARPGROUP), target)
+                        mbarrier.wait(r_full.index(WARPGROUP), ri & 1)
+                        ri += 1
+                        value = value + out.permute((1, 0)).load(CHUNK).to(gl.float32)
+                    value = activate(value, ACTIVATION)
+                    if half == 0:
+                        kept = value
+                    else:
+                        kept = gl.maximum(kept, value)
+                if POOL:
+                    kept = pool_columns(kept, T.y_box[1], T.tile_n)
+                    out = out._reinterpret(DTYPE, [OUT_PIXELS, 64], out.layout)
+                out.permute((1, 0)).store(kept.to(DTYPE))
+                fence_async_shared()
+                for part in gl.static_range(PARTS):
+                    source = out._reinterpret(DTYPE, [PARTS, OUT_PIXELS, WIDTH], out.layout).index(part)
+                    place = [y // SHRINK, x // SHRINK, n0, first_channel(row, part, row_of_part, T)]
+                    tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
     tma.store_wait(0)
 
 
 @gluon.jit
 def conv2d_kernel(
-    x_desc, halo_desc, w_desc, y_desc, r_desc, bias, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+    x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, bias,
+    indptr, indices, blocks, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, POOL: gl.constexpr,
-    DEFER: gl.constexpr, PRODUCER_WARPS: gl.constexpr, T: gl.constexpr,
+    TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """Allocate the rings and start the three roles. Grid: one program per entry of ``program_ptr``; num_warps=4.
 
-    ``x_desc``, ``halo_desc``: input as [H, W, N, C], boxes [1, TILE_W or halo, TILE_N, TILE_K]. ``w_desc``: kept blocks
-    as [n_blocks * taps * BLOCK_OUT, BLOCK_IN], box [64, TILE_K]. ``y_desc``, ``r_desc``: output and residual as
-    [H, W, N, C_OUT], boxes [rows, TILE_W, TILE_N, 64].
+    ``x_desc``, ``halo_desc``: input as [H, W, N, C], boxes [1, TILE_W or halo, TILE_N, TILE_K]; with a width stride of
+    2 its even columns, and ``odd_*`` its odd ones. ``w_desc``: kept blocks as [n_blocks * taps * BLOCK_OUT, BLOCK_IN],
+    box [64 or BLOCK_OUT, TILE_K]. ``y_desc``, ``r_desc``: output and residual as [H, W, N, C_OUT], boxes
+    [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``blocks``, ``row_of_part``: see ``pairing.PairedRows``; None without.
+    What a launch does not need is None.
     """
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = T.item_size * 8
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, BITS, rank=2)
-    Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, BITS, rank=2)
+    Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.y_swizzle_bytes, BITS, rank=2)
     X_STAGES: gl.constexpr = T.x_stages
     W_STAGES: gl.constexpr = T.w_stages
     x_buffer = gl.allocate_shared_memory(DTYPE, [T.x_stages * T.stage_groups, 8, T.tile_k], K_LAYOUT)
-    w_buffer = gl.allocate_shared_memory(DTYPE, [T.w_stages * T.w_taps, 64, T.tile_k], K_LAYOUT)
-    y_buffer = gl.allocate_shared_memory(DTYPE, [2 * T.y_stages, T.accumulator_pixels, 64], Y_LAYOUT)
+    w_buffer = gl.allocate_shared_memory(DTYPE, [T.w_stages * T.w_taps * T.parts, 64 // T.parts, T.tile_k], K_LAYOUT)
+    y_buffer = gl.allocate_shared_memory(DTYPE, [2 * T.y_stages, T.accumulator_pixels // T.y_chunks, 64], Y_LAYOUT)
     x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     r_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(X_STAGES):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=2)
@@ -249,16 +304,18 @@ def conv2d_kernel(
         mbarrier.init(w_empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(r_full.index(i), count=1)
+        mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consumer, (y_desc, r_desc, bias, indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out,
-                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
-                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, DEFER, T)),
-            (consumer, (y_desc, r_desc, bias, indptr, program_ptr, order, rows, tiles_y, tiles_x, c_out,
-                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
-                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, DEFER, T)),
-            (producer, (x_desc, halo_desc, w_desc, indptr, indices, program_ptr, order, rows, tiles_y, tiles_x,
+            (consumer, (y_desc, r_desc, bias, indptr, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
+                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, TURNS, T)),
+            (consumer, (y_desc, r_desc, bias, indptr, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
+                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, TURNS, T)),
+            (producer, ((x_desc, halo_desc, odd_desc, odd_halo_desc), w_desc,
+                        indptr, indices, blocks, program_ptr, order, rows, tiles_y, tiles_x,
                         x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T)),
         ],
         [4, PRODUCER_WARPS],

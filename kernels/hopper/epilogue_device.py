@@ -26,3 +26,13 @@ def pool_columns(value, TILE_W: gl.constexpr, TILE_N: gl.constexpr):
     pairs = value.reshape([64, TILE_W // 2, 2, TILE_N]).permute([0, 1, 3, 2])
     left, right = gl.split(pairs)
     return gl.maximum(left, right).reshape([64, TILE_W // 2 * TILE_N])
+
+
+@gluon.jit
+def pixel_chunk(value, index: gl.constexpr, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Half ``index`` of the pixels of [64, N], or all of them if CHUNKS is 1; no data moves between threads."""
+    if CHUNKS == 2:
+        first, second = gl.split(value.reshape([64, 2, value.shape[1] // 2]).permute([0, 2, 1]))
+        value = first if index == 0 else second
+        value = gl.convert_layout(value, LAYOUT, assert_trivial=True)
+    return value

@@ -5,7 +5,7 @@ shared memory as groups of eight pixel rows of TILE_K channels, ordered so that 
 another *whole-group* offset: a wgmma operand then needs nothing but another base address. Two orders give that:
 
 - ``images``: (y, x, image) with a multiple of 8 images innermost. One halo tile serves every tap: a step in x is
-  TILE_N / 8 groups.
+  TILE_N / 8 groups. With stride 2 a row holds its even columns first, then the odd ones.
 - ``copies``: (kernel column, y, x, image): one copy of the tile for every kernel column, each loaded with its own
   shift. It reads the input KW times, but only TILE_W * TILE_N must be a multiple of 8: it serves batches under 8.
 
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
+from typing import NamedTuple
 
 from tetris.errors import ShapeError
 from tetris.layout import ceil_div
@@ -30,24 +32,35 @@ BARRIER_BYTES = 1024
 """Room left for the mbarriers and for what warp specialization itself keeps in shared memory."""
 
 
+class ColumnLoad(NamedTuple):
+    """One box of a tile row: ``column`` (in steps of the stride, from the tile's first) of the columns of a parity,
+    to ``group`` after the row's first; ``halo`` boxes are halo_box columns wide, the others TILE_W."""
+
+    parity: int
+    column: int
+    group: int
+    halo: bool
+
+
 @dataclass(frozen=True)
 class ConvTile:
     """Geometry of one launch. Hashable: it is a compile-time constant of the kernel.
 
     Attributes:
-        block: sparsity block (BLOCK_OUT, BLOCK_IN); BLOCK_OUT is a multiple of 64.
-        kernel_size, padding, dilation: of the convolution, (height, width).
+        block: sparsity block (BLOCK_OUT, BLOCK_IN); BLOCK_OUT is 32 (rows run in pairs) or a multiple of 64.
+        kernel_size, stride, padding, dilation: of the convolution, (height, width); strides are 1 or 2.
         tile_n, tile_h, tile_w: images x rows x columns of output pixels; TILE_H may be any number, the others are
             powers of two.
         tile_k: input channels of a step; divides BLOCK_IN.
         copies: the ``copies`` order instead of ``images``.
-        x_stages, w_stages, y_stages: ring depths of input tiles, weight groups and output rows (per consumer).
+        x_stages, w_stages, y_stages: ring depths of input tiles, weight groups and output chunks (per consumer).
         w_taps: kernel taps whose weights arrive together; divides KH * KW.
         item_size: bytes of an element.
     """
 
     block: tuple[int, int]
     kernel_size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     tile_n: int = 16
@@ -72,7 +85,12 @@ class ConvTile:
     @property
     def halves(self) -> int:
         """Tiles of 64 output channels in a block row."""
-        return self.block[0] // WGMMA_ROWS
+        return max(1, self.block[0] // WGMMA_ROWS)
+
+    @property
+    def parts(self) -> int:
+        """Block rows in a tile of 64 output channels."""
+        return max(1, WGMMA_ROWS // self.block[0])
 
     @property
     def k_steps(self) -> int:
@@ -88,54 +106,93 @@ class ConvTile:
         return self.kernel_size[0] * self.kernel_size[1]
 
     @property
-    def padding_h(self) -> int:
-        return self.padding[0]
+    def stride_h(self) -> int:
+        return self.stride[0]
 
     @property
-    def padding_w(self) -> int:
-        return self.padding[1]
+    def padding_h(self) -> int:
+        return self.padding[0]
 
     @property
     def dilation_h(self) -> int:
         return self.dilation[0]
 
     @property
-    def dilation_w(self) -> int:
-        return self.dilation[1]
+    def row_step(self) -> int:
+        """Image rows from one stored row to the next: a kernel one row high skips those between its strides."""
+        return self.stride[0] if self.kernel_size[0] == 1 else 1
 
     @property
-    def halo_columns(self) -> int:
-        """Extra columns to the right of the tile's (``images`` order)."""
-        return 0 if self.copies else (self.kernel_size[1] - 1) * self.dilation[1]
-
-    @property
-    def halo_box(self) -> int:
-        """Columns of one halo copy: the largest power of two that divides them (TMA boxes are powers of two)."""
-        return self.halo_columns & -self.halo_columns if self.halo_columns else 1
-
-    @property
-    def halo_boxes(self) -> int:
-        return self.halo_columns // self.halo_box
+    def row_stride(self) -> int:
+        """Stored rows from one output row to the next."""
+        return self.stride[0] // self.row_step
 
     @property
     def input_rows(self) -> int:
-        """Input rows of a tile, halo included."""
-        return self.tile_h + (self.kernel_size[0] - 1) * self.dilation[0]
+        """Stored rows of a tile, halo included."""
+        return (self.tile_h - 1) * self.row_stride + (self.kernel_size[0] - 1) * self.dilation[0] + 1
 
     @property
     def row_pixels(self) -> int:
         """Output pixels of one tile row: contiguous in shared memory in both orders."""
         return self.tile_w * self.tile_n
 
-    @property
-    def row_groups(self) -> int:
-        """Groups from one row to the next."""
-        return (self.tile_w + self.halo_columns) * self.tile_n // GROUP
+    def _column(self, tap: int) -> tuple[int, int]:
+        """(parity, column in steps of the stride) at which kernel column ``tap`` of output column 0 reads."""
+        column, parity = divmod(tap * self.dilation[1] - self.padding[1], self.stride[1])
+        return parity, column
 
-    @property
-    def column_groups(self) -> int:
-        """Groups from one kernel column to the next."""
-        return self.input_rows * self.row_groups if self.copies else self.dilation[1] * self.tile_n // GROUP
+    @cached_property
+    def planes(self) -> dict[int, tuple[int, int]]:
+        """Parity of the image's columns -> (first, last) column that kernel columns read of it, for output column 0."""
+        columns = [self._column(tap) for tap in range(self.kernel_size[1])]
+        return {
+            parity: (min(c for p, c in columns if p == parity), max(c for p, c in columns if p == parity))
+            for parity in sorted({p for p, _ in columns})
+        }
+
+    @cached_property
+    def halo_box(self) -> int:
+        """Columns of one halo copy: a power of two, as TMA boxes are, that divides every halo; 0 = there is none."""
+        common = 0
+        for first, last in self.planes.values():
+            common = gcd(common, last - first)
+        return 0 if self.copies else common & -common
+
+    @cached_property
+    def column_loads(self) -> tuple[ColumnLoad, ...]:
+        """The boxes that fill one row of the tile."""
+        if self.copies:
+            columns = [self._column(tap) for tap in range(self.kernel_size[1])]
+            step = self.input_rows * self.row_groups
+            return tuple(ColumnLoad(p, column, tap * step, False) for tap, (p, column) in enumerate(columns))
+        loads = []
+        group = 0
+        for parity, (first, last) in self.planes.items():
+            loads.append(ColumnLoad(parity, first, group * self.tile_n // GROUP, False))
+            for column in range(self.tile_w, self.tile_w + last - first, max(self.halo_box, 1)):
+                loads.append(ColumnLoad(parity, first + column, (group + column) * self.tile_n // GROUP, True))
+            group += self.tile_w + last - first
+        return tuple(loads)
+
+    @cached_property
+    def column_groups(self) -> tuple[int, ...]:
+        """Groups from a row's first to the pixels that each kernel column multiplies."""
+        if self.copies:
+            return tuple(tap * self.input_rows * self.row_groups for tap in range(self.kernel_size[1]))
+        bases, base = {}, 0
+        for parity, (first, last) in self.planes.items():
+            bases[parity] = base - first
+            base += self.tile_w + last - first
+        columns = [self._column(tap) for tap in range(self.kernel_size[1])]
+        return tuple((bases[parity] + column) * self.tile_n // GROUP for parity, column in columns)
+
+    @cached_property
+    def row_groups(self) -> int:
+        """Groups from one stored row to the next."""
+        if self.copies:
+            return self.row_pixels // GROUP
+        return sum(self.tile_w + last - first for first, last in self.planes.values()) * self.tile_n // GROUP
 
     @property
     def stage_groups(self) -> int:
@@ -155,7 +212,7 @@ class ConvTile:
     @property
     def rows_per_accumulator(self) -> int:
         """Tile rows that one wgmma spans: in the ``copies`` order rows follow each other without a gap."""
-        if not self.copies:
+        if not self.copies or self.row_stride > 1:
             return 1
         rows = ceil_div(self.tile_h, 2)
         return min(rows & -rows, max(1, ACCUMULATOR_COLUMNS // self.row_pixels))
@@ -173,19 +230,44 @@ class ConvTile:
         return ceil_div(self.tile_h, 2), self.tile_h // 2
 
     @property
-    def y_row_bytes(self) -> int:
-        return self.accumulator_pixels * WGMMA_ROWS * self.item_size
+    def y_chunks(self) -> int:
+        """Parts in which an accumulator is stored, so that one is staged while another is written out."""
+        return 2 if self.accumulator_pixels >= 128 and self.tile_w > 1 else 1
 
-    @cached_property
+    @property
+    def y_box(self) -> tuple[int, int]:
+        """(rows, columns) of output pixels in one chunk."""
+        if self.rows_per_accumulator > 1:
+            return self.rows_per_accumulator // self.y_chunks, self.tile_w
+        return 1, self.tile_w // self.y_chunks
+
+    @property
+    def y_chunk_bytes(self) -> int:
+        """Bytes of one output stage."""
+        return self.accumulator_pixels // self.y_chunks * WGMMA_ROWS * self.item_size
+
+    @property
+    def y_swizzle_bytes(self) -> int:
+        """Channels of one part, in bytes, as far as a swizzle reaches."""
+        return min(128, WGMMA_ROWS // self.parts * self.item_size)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the consumers can multiply in turns: the first runs ahead by a whole step of weights."""
+        return self.w_stages * self.w_taps >= self.taps
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
         rings = self.x_stages * self.x_step_bytes + self.w_stages * self.w_step_bytes
-        return rings + 2 * self.y_stages * self.y_row_bytes + BARRIER_BYTES
+        return rings + 2 * self.y_stages * self.y_chunk_bytes + BARRIER_BYTES
 
     def problem(self) -> str | None:
         """Why no kernel can have this geometry; None = it can."""
-        if self.block_out % WGMMA_ROWS:
-            return f"the block's {self.block_out} output channels are no multiple of {WGMMA_ROWS}"
+        if self.block_out % WGMMA_ROWS and self.block_out != 32:
+            return f"blocks of {self.block_out} output channels are neither 32 nor a multiple of {WGMMA_ROWS}"
+        if not {*self.stride} <= {1, 2}:
+            return f"stride {self.stride} is neither 1 nor 2"
         if self.tile_k not in (8, 16, 32, 64) or not 32 <= self.tile_k * self.item_size <= 128:
             return f"a step of {self.tile_k} channels is not 32, 64 or 128 bytes"
         if self.block_in % self.tile_k:
@@ -196,6 +278,8 @@ class ConvTile:
             return f"{self.tile_n} images x {self.tile_w} columns: not powers of two"
         if (self.row_pixels if self.copies else self.tile_n) % GROUP:
             return f"{self.tile_n} images x {self.tile_w} columns do not fill groups of {GROUP} pixels"
+        if self.rows_per_accumulator > 1 and self.tile_h % 2:
+            return f"{self.tile_h} rows are not two equal shares"
         if self.accumulator_pixels not in (16, 32, 64, 128, 256):
             return f"wgmma takes no {self.accumulator_pixels} pixels"
         if self.tile_h < 2 or self.consumer_rows[0] * self.row_pixels > ACCUMULATOR_COLUMNS:

@@ -10,7 +10,7 @@ from tetris.layout import ceil_div
 
 SHARED_BYTES = 232448
 """Shared memory of a program on compute capability 9.0."""
-MOST_X_STAGES, MOST_W_BYTES = 4, 49152
+MOST_X_STAGES, MOST_W_BYTES, MOST_Y_STAGES = 4, 49152, 4
 
 
 def supports(
@@ -40,14 +40,14 @@ def supports(
     item = ITEM_SIZE[problem.dtype]
     if problem.c_in * item % 16 or problem.c_out * item % 16:
         return f"channels {problem.c_in} -> {problem.c_out} are no multiples of 16 bytes"
-    if problem.stride != (1, 1):
-        return f"stride {problem.stride} is not 1"
-    if problem.block[0] % 64:
-        return f"blocks of {problem.block[0]} output channels are no multiple of 64"
+    if not {*problem.stride} <= {1, 2}:
+        return f"stride {problem.stride} is neither 1 nor 2"
+    if problem.block[0] % 64 and problem.block[0] != 32:
+        return f"blocks of {problem.block[0]} output channels are neither 32 nor a multiple of 64"
     if problem.block[1] * item < 32 or problem.block[1] & (problem.block[1] - 1):
         return f"blocks of {problem.block[1]} input channels are not 32 bytes times a power of two"
-    if problem.padding[0] > problem.height or problem.padding[1] > problem.width or min(problem.output_size) < 1:
-        return f"padding {problem.padding} exceeds the image or leaves no output"
+    if problem.width < problem.stride[1] or min(problem.output_size) < 1:
+        return f"an image of {problem.height} x {problem.width} leaves no output"
     if config is not None:
         try:
             tile = complete_tile(problem, config, max_pool=max_pool)
@@ -55,7 +55,9 @@ def supports(
             return str(error)
         if tile.shared_bytes > SHARED_BYTES:
             return f"its tile takes {tile.shared_bytes} bytes of shared memory, {SHARED_BYTES} are there ({tile})"
-        if max_pool and (any(rows % 2 for rows in tile.consumer_rows) or tile.tile_w < 2 or tile.copies):
+        if max_pool and (
+            any(rows % 2 for rows in tile.consumer_rows) or tile.tile_w // tile.y_chunks < 2 or tile.copies
+        ):
             return f"a tile of {tile.tile_h} x {tile.tile_w} cannot pool in registers"
     return None
 
@@ -72,6 +74,7 @@ def complete_tile(problem: Conv2dProblem, config: Conv2dConfig, *, max_pool: boo
     tile = ConvTile(
         block=problem.block,
         kernel_size=problem.kernel_size,
+        stride=problem.stride,
         padding=problem.padding,
         dilation=problem.dilation,
         tile_n=config.tile_n,
@@ -82,18 +85,22 @@ def complete_tile(problem: Conv2dProblem, config: Conv2dConfig, *, max_pool: boo
         x_stages=config.x_stages or 2,
         w_stages=config.w_stages or 2,
         w_taps=config.w_taps or _weight_taps(taps, 64 * tile_k * item),
-        y_stages=1,
+        y_stages=config.y_stages or 2,
         item_size=item,
     ).checked()
-    if tile.y_row_bytes <= 8192 or tile.shared_bytes + 2 * tile.y_row_bytes <= SHARED_BYTES:
-        tile = replace(tile, y_stages=2)
+    if not config.w_stages:
+        whole = replace(tile, w_stages=max(2, taps // tile.w_taps))
+        tile = whole if whole.shared_bytes <= SHARED_BYTES else tile
     if not config.x_stages:
         spare = (SHARED_BYTES - tile.shared_bytes) // tile.x_step_bytes
         tile = replace(tile, x_stages=max(1, min(MOST_X_STAGES, 2 + spare)))
     if not config.w_stages:
         spare = (SHARED_BYTES - tile.shared_bytes) // tile.w_step_bytes
-        most = max(2, MOST_W_BYTES // tile.w_step_bytes)
-        tile = replace(tile, w_stages=max(1, min(most, 2 + spare)))
+        most = max(tile.w_stages, MOST_W_BYTES // tile.w_step_bytes)
+        tile = replace(tile, w_stages=max(1, min(most, tile.w_stages + spare)))
+    if not config.y_stages:
+        spare = (SHARED_BYTES - tile.shared_bytes) // (2 * tile.y_chunk_bytes)
+        tile = replace(tile, y_stages=max(1, min(MOST_Y_STAGES, 2 + spare)))
     return tile
 
 
@@ -111,4 +118,4 @@ def useful_fraction(problem: Conv2dProblem, tile: ConvTile) -> float:
 def tile_count(problem: Conv2dProblem, tile: ConvTile) -> int:
     """Tiles of the whole launch."""
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    return n * h * w * ceil_div(problem.c_out, 64)
+    return n * h * w * ceil_div(problem.block_rows, tile.parts) * tile.halves

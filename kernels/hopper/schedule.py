@@ -8,9 +8,13 @@ image (their input tiles meet in L2); the last few rounds are handed out longest
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from tetris.kernels.hopper.pairing import PairedRows
 
 TILE_COST = 0.35
 """Fixed cost of a tile (first loads, epilogue) in steps of one 64 x 64 block; 0.15 to 0.5 were alike on an H200."""
@@ -28,11 +32,29 @@ class Schedule:
         program_ptr: int32 [programs + 1].
         order: int32 [tiles].
         makespan: estimated end of the busiest program / mean; 1 = perfectly even.
+        pairs: how block rows of 32 output channels share tiles of 64; None for taller blocks.
     """
 
     program_ptr: torch.Tensor
     order: torch.Tensor
     makespan: float
+    pairs: PairedRows | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Its tensors, for interfaces that take nothing else."""
+        pairs = self.pairs
+        return [
+            self.program_ptr,
+            self.order,
+            *([] if pairs is None else [pairs.indptr, pairs.indices, pairs.blocks, pairs.rows]),
+        ]
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[torch.Tensor]) -> Schedule:
+        """The schedule of :attr:`tensors`; its makespan is forgotten (NaN)."""
+        pairs = PairedRows(*tensors[2:]) if len(tensors) > 2 else None
+        return Schedule(tensors[0], tensors[1], math.nan, pairs)
 
     @property
     def programs(self) -> int:
@@ -40,7 +62,8 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> Schedule:
         """The same schedule with its tensors on ``device``."""
-        return Schedule(self.program_ptr.to(device), self.order.to(device), self.makespan)
+        pairs = None if self.pairs is None else self.pairs.to(device)
+        return Schedule(self.program_ptr.to(device), self.order.to(device), self.makespan, pairs)
 
 
 def make_schedule(

@@ -28,8 +28,8 @@ def test_it_takes_the_flagship_layer():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"stride": (2, 2)}, "stride"),
-        ({"block": (32, 32)}, "multiple of 64"),
+        ({"stride": (3, 1)}, "stride"),
+        ({"block": (16, 32)}, "multiple of 64"),
         ({"block": (64, 8)}, "32 bytes"),
         ({"block": (64, 48)}, "power of two"),
         ({"c_in": 3}, "16 bytes"),
@@ -70,11 +70,20 @@ def test_pooling_needs_even_rows_in_both_warpgroups():
 
 def test_a_halo_tile_serves_all_taps():
     tile = ConvTile((64, 64), tile_n=16, tile_h=4, tile_w=4, tile_k=32)
-    assert (tile.input_rows, tile.row_groups, tile.column_groups) == (6, 12, 2)
+    assert (tile.input_rows, tile.row_groups, tile.column_groups) == (6, 12, (0, 2, 4))
     assert tile.x_step_bytes == 6 * 6 * 16 * 32 * 2
-    assert (tile.halo_columns, tile.halo_box, tile.halo_boxes) == (2, 2, 1)
+    assert (tile.halo_box, len(tile.column_loads)) == (2, 2)
     wide = dataclasses.replace(tile, kernel_size=(7, 7))
-    assert (wide.halo_columns, wide.halo_box, wide.halo_boxes) == (6, 2, 3)
+    assert (wide.halo_box, len(wide.column_loads)) == (2, 4)
+
+
+def test_stride_two_keeps_even_and_odd_columns_apart():
+    tile = ConvTile((64, 64), stride=(2, 2), tile_n=8, tile_h=4, tile_w=4, tile_k=32)
+    assert tile.planes == {0: (0, 0), 1: (-1, 0)}  # the middle column reads even pixels, the outer ones odd pixels
+    assert (tile.input_rows, tile.row_groups, tile.row_stride) == (9, 4 + 5, 2)
+    assert tile.column_groups == (4, 0, 5)
+    pointwise = dataclasses.replace(tile, kernel_size=(1, 1), padding=(0, 0))
+    assert (pointwise.input_rows, pointwise.row_groups, pointwise.row_step, pointwise.halo_box) == (4, 4, 2, 0)
 
 
 def test_copies_of_the_tile_join_rows_into_one_instruction():

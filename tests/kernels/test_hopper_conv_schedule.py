@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tetris.errors import TetrisError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
 from tetris.kernels.hopper.conv2d import conv2d_schedule
 from tetris.kernels.hopper.heuristics import complete_tile
+from tetris.kernels.hopper.pairing import pair_block_rows
 from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
 
 UNEVEN = [16.0, 9.0, 7.0, 4.0, 2.0, 2.0, 1.0, 1.0]
@@ -17,7 +20,7 @@ UNEVEN = [16.0, 9.0, 7.0, 4.0, 2.0, 2.0, 1.0, 1.0]
 def loads(schedule: Schedule, costs: list[float]) -> list[float]:
     bounds = schedule.program_ptr.tolist()
     tiles = schedule.order.tolist()
-    return [sum(costs[t % len(costs)] for t in tiles[a:b]) for a, b in zip(bounds, bounds[1:])]
+    return [sum(costs[t % len(costs)] for t in tiles[a:b]) for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("spatial_tiles", [1, 3, 50, 1000])
@@ -52,7 +55,7 @@ def test_a_program_walks_the_image_in_order_before_the_balanced_rounds():
     schedule = make_schedule(UNEVEN, spatial, programs, balanced_rounds=rounds)
     tail_from = spatial - -(-rounds * programs // rows)
     bounds, tiles = schedule.program_ptr.tolist(), schedule.order.tolist()
-    for a, b in zip(bounds, bounds[1:]):
+    for a, b in pairwise(bounds):
         places = [t // rows for t in tiles[a:b] if t // rows < tail_from]
         assert places == sorted(places) and places
 
@@ -62,7 +65,8 @@ def test_the_schedule_of_a_layer_weighs_rows_and_halves():
         16, 128, 256, 28, 28, (3, 3), (1, 1), (1, 1), (1, 1), block=(128, 64), dtype="float16", n_blocks=3
     )
     config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4)
-    schedule = conv2d_schedule(torch.tensor([0, 2, 3], dtype=torch.int32), problem, config, 132, "cpu")
+    layout = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 1, 1], dtype=torch.int32)
+    schedule = conv2d_schedule(*layout, problem, config, 132, "cpu")
     assert len(schedule.order) == 4 * 49  # two halves of each of two block rows, 7 x 7 tiles
     rows = torch.bincount(schedule.order % 4)
     assert rows.tolist() == [49] * 4
@@ -74,3 +78,32 @@ def test_a_schedule_of_an_impossible_tile_is_refused():
     )
     with pytest.raises(TetrisError, match="groups of 8"):
         complete_tile(problem, Conv2dConfig(kernel="hopper", tile_n=4, tile_h=4, tile_w=4))
+
+
+def test_rows_of_32_are_paired_by_common_inputs():
+    rows = [[0, 1, 2], [5], [0, 1, 3], [5, 6], [7]]
+    indptr = torch.tensor([0, 3, 4, 7, 9, 10], dtype=torch.int32)
+    indices = torch.tensor([column for row in rows for column in row], dtype=torch.int32)
+    pairs = pair_block_rows(indptr, indices)
+    assert sorted(pairs.rows.tolist()) == [0, 1, 2, 3, 4, 5]  # 5 stands for none
+    seen = {}
+    for i, (a, b) in enumerate(pairwise(pairs.indptr.tolist())):
+        for part in (0, 1):
+            row = pairs.rows[2 * i + part].item()
+            entries = zip(pairs.indices[a:b].tolist(), pairs.blocks[2 * a : 2 * b].view(-1, 2)[:, part].tolist())
+            kept = {column: block for column, block in entries if block < len(indices)}
+            assert all(indices[block] == column for column, block in kept.items())
+            seen[row] = sorted(kept)
+    assert [seen[row] for row in range(5)] == rows and seen[5] == []
+    assert {tuple(p) for p in pairs.rows.view(-1, 2).tolist()} == {(1, 3), (0, 2), (4, 5)}
+
+
+def test_a_schedule_survives_as_tensors():
+    layout = torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32)
+    problem = Conv2dProblem(
+        8, 64, 96, 14, 14, (3, 3), (1, 1), (1, 1), (1, 1), block=(32, 32), dtype="float16", n_blocks=3
+    )
+    schedule = conv2d_schedule(*layout, problem, Conv2dConfig(kernel="hopper", tile_n=8, tile_h=4, tile_w=8), 7, "cpu")
+    again = Schedule.from_tensors(schedule.tensors)
+    assert torch.equal(again.order, schedule.order) and torch.equal(again.program_ptr, schedule.program_ptr)
+    assert torch.equal(again.pairs.blocks, schedule.pairs.blocks) and torch.equal(again.pairs.rows, schedule.pairs.rows)

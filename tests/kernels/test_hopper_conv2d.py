@@ -1,0 +1,62 @@
+"""The Hopper convolution against float64, every compile-time variant on a few random problems. Needs the GPU."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.hopper_conv_variants import BASE, VARIANTS, Variant
+from tests.support.moats import nan_outputs
+from tests.support.operands import ConvCase, conv2d_operands
+from tetris import reference
+from tetris.errors import ShapeError, UnsupportedError
+from tetris.kernels.hopper.conv2d import block_sparse_conv2d
+from tetris.kernels.hopper.schedule import round_robin
+from tetris.tolerances import relative_error, tolerance
+
+pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
+
+
+def error(variant: Variant, case: ConvCase, seed: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The relative error on NaN-moated operands and a NaN-filled, moated output."""
+    dtype = getattr(torch, variant.dtype)
+    operands = conv2d_operands(case, dtype, torch.device("cuda"), seed)
+    with nan_outputs(monkeypatch):
+        y = block_sparse_conv2d(**operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config)
+    expected = reference.block_sparse_conv2d(**operands)
+    if variant.max_pool:
+        expected = torch.nn.functional.max_pool2d(expected, 2)
+    return relative_error(y, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_it_computes_the_convolution(variant, monkeypatch):
+    generator = random.Random(7)
+    for seed in range(4):
+        case = variant.problem(generator)
+        assert error(variant, case, seed, monkeypatch) <= tolerance(getattr(torch, variant.dtype), True), case
+
+
+def test_a_schedule_of_another_problem_is_refused():
+    operands = conv2d_operands(ConvCase(block=(64, 32)), torch.float16, torch.device("cuda"))
+    with pytest.raises(ShapeError, match="schedule"):
+        block_sparse_conv2d(**operands, config=BASE.config, schedule=round_robin(3, 5, 132).to("cuda"))
+
+
+def test_permutations_are_refused():
+    operands = conv2d_operands(ConvCase(block=(64, 32), extras=("input",)), torch.float16, torch.device("cuda"))
+    with pytest.raises(UnsupportedError, match="permutes"):
+        block_sparse_conv2d(**operands, config=BASE.config)
+
+
+def test_results_repeat_bit_by_bit():
+    """A race would show as results that change."""
+    operands = conv2d_operands(
+        ConvCase(c_out=256, c_in=256, block=(64, 32), batch=19, height=29, width=29),
+        torch.float16,
+        torch.device("cuda"),
+    )
+    first = block_sparse_conv2d(**operands, config=BASE.config)
+    assert all(torch.equal(first, block_sparse_conv2d(**operands, config=BASE.config)) for _ in range(20))
