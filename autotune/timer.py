@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 L2_FLUSH_BYTES = 256 << 20
-"""Written between runs with ``cold_l2``: more than any GPU's L2 (H200: 50 MB)."""
+"""Read between runs with ``cold_l2``: more than any GPU's L2 (H200: 50 MB). Read, not written: lines left dirty would be
+written back during the timed run, which on an H200 doubled the traffic of a run that reads less than 50 MB."""
 
 QUEUE_CYCLES = 300_000
 """How long the GPU idles in a kernel while a run is queued: about 0.16 ms at 1.8 GHz, several launches' worth."""
@@ -60,7 +61,7 @@ def time_us(
         device: where they run; ``cuda`` times with events.
         warmup: runs of each before the first timed one (compilation, cuDNN's search and caches happen there).
         repeats: timed runs of each.
-        cold_l2: overwrite the GPU's L2 cache before every timed run, so that operands come from memory.
+        cold_l2: fill the GPU's L2 cache with other data before every timed run, so that operands come from memory.
         cuda_graph: capture each callable once and time replays: launch costs of Python vanish.
         queue_ahead: keep the GPU busy while the CPU queues a run, so that a short kernel's time is the kernel's and
             not its launch's. Switch it off to time what an eager caller waits for.
@@ -68,7 +69,7 @@ def time_us(
     Returns:
         name -> Timing in microseconds.
     Cost:
-        (warmup + repeats) runs of everything, plus one write of 256 MB a run with ``cold_l2``.
+        (warmup + repeats) runs of everything, plus one read of 256 MB a run with ``cold_l2``.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -107,13 +108,13 @@ def _time_cuda(
             function()
     torch.cuda.synchronize()
     runs = {name: graphed(function) for name, function in callables.items()} if cuda_graph else dict(callables)
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if cold_l2 else None
+    flush = torch.zeros(L2_FLUSH_BYTES // 4, device="cuda") if cold_l2 else None
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
     start = time.perf_counter()
     for done in range(repeats):
         for name, function in runs.items():
             if flush is not None:
-                flush.zero_()
+                flush.sum()
             if queue_ahead:
                 torch.cuda._sleep(QUEUE_CYCLES)
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
