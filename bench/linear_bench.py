@@ -143,7 +143,6 @@ def tetris_callable(operands: Operands, config: LinearConfig) -> Callable[[], to
         extra["schedule"] = make_linear_schedule(
             layout.indptr,
             layout.indices,
-            in_features=layout.shape[1],
             block=layout.block,
             tokens=x.shape[0],
             tile_tokens=config.tile_tokens,

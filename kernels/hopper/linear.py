@@ -60,7 +60,6 @@ def block_sparse_linear(
     allow_tf32: bool = False,
     config: LinearConfig,
     schedule: Sequence[torch.Tensor] | LinearSchedule | None = None,
-    IN_FLIGHT: int = 1,
 ) -> torch.Tensor:
     """As :func:`tetris.kernels.linear.block_sparse_linear`, for problems that :func:`supports` takes.
 
@@ -79,7 +78,7 @@ def block_sparse_linear(
 
     assert input_permutation is None and output_permutation is None, "the launcher's caller checks `supports`"
     x2 = x.reshape(-1, x.shape[-1])
-    tokens, in_features = x2.shape
+    tokens = x2.shape[0]
     block_out, block_in = values.shape[-2:]
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
     output = y.view(*x.shape[:-1], out_features)
@@ -88,7 +87,7 @@ def block_sparse_linear(
     if schedule is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         schedule = make_linear_schedule(
-            indptr, indices, in_features=in_features, block=(block_out, block_in), tokens=tokens,
+            indptr, indices, block=(block_out, block_in), tokens=tokens,
             tile_tokens=config.tile_tokens, n_programs=programs,
         )  # fmt: skip
     pairs, entries, program_ptr, order = schedule.tensors if isinstance(schedule, LinearSchedule) else schedule
@@ -102,7 +101,7 @@ def block_sparse_linear(
 
     y_desc = describe(y, [STRIP, rows])
     block_sparse_linear_kernel[(len(program_ptr) - 1,)](
-        describe(x2, [config.tile_tokens, tile_k]),
+        describe(x2, [config.tile_tokens, STAGE_K]),
         describe(values.view(-1, block_in), [rows, tile_k]),
         y_desc,
         y_desc if residual is None else describe(residual.reshape(tokens, out_features), [STRIP, rows]),
@@ -119,7 +118,6 @@ def block_sparse_linear(
         PARTS=parts,
         BLOCK_IN=block_in,
         STAGES=config.x_stages or ring_stages(config.tile_tokens, residual is not None),
-        IN_FLIGHT=IN_FLIGHT,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

@@ -5,10 +5,11 @@ y[m, o] = epilogue(sum over kept blocks (o-block, k-block) of W[o, k] x[m, k]).
 A *strip* is 64 output features: one block row of 64, half a block row of 128, or two block rows of 32. A program works
 on a pair of strips and ``TILE_M`` tokens at a time; each matrix warp group owns one strip and holds its [64, TILE_M]
 sums in registers. Both read the same stream of input tiles, so that an input tile kept by both strips is fetched once:
-fetching tiles, not multiplying, bounds a block-sparse product of 64-row blocks. The stream of a pair is its *stages*
-(64 input features each), in three parts: kept by both strips, then alternately by strip 0 and strip 1, then by the
-longer one alone (see ``linear_schedule``). Every warp group waits for and releases every stage, also those it does not
-use, because a barrier's parity tells only neighbouring phases apart.
+fetching tiles, not multiplying, bounds a block-sparse product of 64-row blocks. The stream of a pair is its *stages*:
+an input tile of 64 features, always, because the copy engine takes two cycles for a row however short it is, and under
+it the weight tiles that are kept, one, two or four per strip for blocks of 64, 32 or 16 inputs. A stage's meta word
+tells which (see ``linear_schedule``). Every warp group waits for and releases every stage, also those it does not use,
+because a barrier's parity tells only neighbouring phases apart.
 
 Weights are wgmma's left operand and tokens the right one, both in shared memory: with 256 tokens an instruction then
 reads 80 bytes a clock of the 128 that shared memory delivers.
@@ -42,52 +43,73 @@ def _producer(
     TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
     BLOCK_IN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring: a stage is GROUP input tiles [TILE_M, TILE_K] and the weight tiles of strips that keep them."""
-    WIDTH: gl.constexpr = 1 + 2 * PARTS
-    X_BYTES: gl.constexpr = GROUP * TILE_M * TILE_K * xbuf.dtype.primitive_bitwidth // 8
-    W_BYTES: gl.constexpr = GROUP * 64 * TILE_K * xbuf.dtype.primitive_bitwidth // 8
+    """Fills the ring: a stage is an input tile [TILE_M, 64] and the kept weight tiles [64 / PARTS, TILE_K] under it."""
+    TILES: gl.constexpr = 2 * GROUP * PARTS
+    X_BYTES: gl.constexpr = TILE_M * 64 * xbuf.dtype.primitive_bitwidth // 8
+    W_BYTES: gl.constexpr = 64 * TILE_K * xbuf.dtype.primitive_bitwidth // 8
     it = 0
     for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
         task = gl.load(tasks + position)
         pair = pairs + (task % n_pairs) * 8
         token = (task // n_pairs) * TILE_M
-        entry = entries + gl.load(pair) * WIDTH
-        shared = gl.load(pair + 1)
-        n_stages = shared + gl.load(pair + 2) + gl.load(pair + 3)
-        for s in range(n_stages):
+        entry = entries + gl.load(pair) * (2 + TILES)
+        for _ in range(gl.load(pair + 1)):
             st = it % STAGES
             bar = full.index(st)
+            k = gl.load(entry)
+            kept = gl.load(entry + 1) >> 8
+            rows = ()
+            for i in gl.static_range(TILES):
+                rows = rows + (gl.load(entry + 2 + i),)  # noqa: RUF005 (Triton knows no star)
             mbarrier.wait(empty.index(st), ((it // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, X_BYTES + 2 * W_BYTES, pred=s < shared)
-            mbarrier.expect(bar, X_BYTES + W_BYTES, pred=s >= shared)
-            for g in gl.static_range(GROUP):
-                k = gl.load(entry + g * WIDTH)
-                tma.async_copy_global_to_shared(x_desc, [token, k], bar, xbuf.index(st * GROUP + g))
-                for strip in gl.static_range(2):
-                    for part in gl.static_range(PARTS):
-                        row = gl.load(entry + g * WIDTH + 1 + strip * PARTS + part)
-                        slot = wbuf.index(((st * 2 + strip) * GROUP + g) * PARTS + part)
-                        tma.async_copy_global_to_shared(w_desc, [row, k % BLOCK_IN], bar, slot, pred=row >= 0)
-            entry += GROUP * WIDTH
+            for n in gl.static_range(1, 2 * GROUP + 1):
+                mbarrier.expect(bar, X_BYTES + n * W_BYTES, pred=kept == n)
+            tma.async_copy_global_to_shared(x_desc, [token, k], bar, xbuf.index(st))
+            for i in gl.static_range(TILES):
+                column = (k + (i // PARTS % GROUP) * TILE_K) % BLOCK_IN
+                slot = wbuf.index(st * TILES + i)
+                tma.async_copy_global_to_shared(w_desc, [rows[i], column], bar, slot, pred=rows[i] >= 0)
+            entry += 2 + TILES
             it += 1
 
 
 @gluon.jit
+def _multiply(acc, x, wbuf, first, G0: gl.constexpr, G1: gl.constexpr, TILE_K: gl.constexpr, PARTS: gl.constexpr):
+    """acc + W x over the sub-tiles G0 to G1 of a stage; done on return."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(
+        TILE_K * x.dtype.primitive_bitwidth // 8, x.dtype.primitive_bitwidth, rank=2
+    )
+    for g in gl.static_range(G0, G1):
+        w = wbuf.index(first + g * PARTS)._reinterpret(x.dtype, [64, TILE_K], LAYOUT)
+        acc = warpgroup_mma(w, x.slice(g * TILE_K, TILE_K, dim=1).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=(acc,))
+
+
+@gluon.jit
+def _multiply_two(acc, x, wbuf, first, mask, G0: gl.constexpr, TILE_K: gl.constexpr, PARTS: gl.constexpr):
+    """The same over those of the sub-tiles G0 and G0 + 1 that ``mask`` names."""
+    if mask == 3:
+        acc = _multiply(acc, x, wbuf, first, G0, G0 + 2, TILE_K, PARTS)
+    elif mask == 1:
+        acc = _multiply(acc, x, wbuf, first, G0, G0 + 1, TILE_K, PARTS)
+    elif mask == 2:
+        acc = _multiply(acc, x, wbuf, first, G0 + 1, G0 + 2, TILE_K, PARTS)
+    return acc
+
+
+@gluon.jit
 def _consumer(
-    y_desc, r_desc, bias, pairs, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
+    y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
     WG: gl.constexpr, TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """One strip of every task: multiply the stages that keep it, release all of them, store the sums."""
+    """One strip of every task: multiply the kept tiles of every stage, release the stage, store the sums."""
+    TILES: gl.constexpr = 2 * GROUP * PARTS
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M // 2, 16]
     )
     CHUNK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    W_TILE: gl.constexpr = gl.NVMMASharedLayout(
-        TILE_K * xbuf.dtype.primitive_bitwidth // 8, xbuf.dtype.primitive_bitwidth, rank=2
-    )
     ROWS: gl.constexpr = 64 // PARTS
     Y_PARTS: gl.constexpr = gl.NVMMASharedLayout(128 // PARTS, xbuf.dtype.primitive_bitwidth, rank=3)
     PART_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4 * PARTS, 8 // PARTS], [1, 4, 1], [2, 1, 0])
@@ -97,47 +119,33 @@ def _consumer(
         task = gl.load(tasks + position)
         pair = pairs + (task % n_pairs) * 8
         token = (task // n_pairs) * TILE_M
-        shared = gl.load(pair + 1)
-        own0 = gl.load(pair + 2)
-        own1 = gl.load(pair + 3)
-        both = gl.minimum(own0, own1)
         if HAS_BIAS:
             rows = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
-            out = gl.load(pair + 4 + WG * PARTS + rows // ROWS) + rows % ROWS
-        if WG == 0:
-            n_used = shared + own0
-        else:
-            n_used = shared + own1
+            out = gl.load(pair + 2 + WG * PARTS + rows // ROWS) + rows % ROWS
+        entry = entries + gl.load(pair) * (2 + TILES) + 1
+        mask = gl.load(entry)
         acc = gl.zeros((64, TILE_M), gl.float32, ACC)
-        previous = 0
-        for j in range(n_used):
-            alternating = (j >= shared) & (j < shared + both)
-            if WG == 1:  # pass over strip 0's stage
-                mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1, pred=alternating)
-                mbarrier.arrive(empty.index(it % STAGES), pred=alternating)
-                it += alternating.to(gl.int32)
+        for _ in range(gl.load(pair + 1)):
+            entry += 2 + TILES
+            next_mask = gl.load(entry)  # of the stage after this one: its latency passes behind the products
+            mine = (mask >> (4 * WG)) & 15
             st = it % STAGES
             mbarrier.wait(full.index(st), (it // STAGES) & 1)
-            for g in gl.static_range(GROUP):
-                x = xbuf.index(st * GROUP + g).permute((1, 0))
-                w = wbuf.index(((st * 2 + WG) * GROUP + g) * PARTS)._reinterpret(xbuf.dtype, [64, TILE_K], W_TILE)
-                acc = warpgroup_mma(w, x, acc, is_async=True)
-            if IN_FLIGHT:  # release the stage before this one, whose products are certainly done
-                acc = warpgroup_mma_wait(GROUP, deps=(acc,))
-                mbarrier.arrive(empty.index(previous), pred=j > 0)
-                previous = st
+            x = xbuf.index(st)
+            first = (st * 2 + WG) * GROUP * PARTS
+            if GROUP == 1:
+                if mine != 0:
+                    acc = _multiply(acc, x, wbuf, first, 0, 1, TILE_K, PARTS)
+            elif GROUP == 2:
+                acc = _multiply_two(acc, x, wbuf, first, mine, 0, TILE_K, PARTS)
+            elif mine == 15:
+                acc = _multiply(acc, x, wbuf, first, 0, 4, TILE_K, PARTS)
             else:
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(empty.index(st))
+                acc = _multiply_two(acc, x, wbuf, first, mine & 3, 0, TILE_K, PARTS)
+                acc = _multiply_two(acc, x, wbuf, first, mine >> 2, 2, TILE_K, PARTS)
+            mbarrier.arrive(empty.index(st))
+            mask = next_mask
             it += 1
-            if WG == 0:  # pass over strip 1's stage
-                mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1, pred=alternating)
-                mbarrier.arrive(empty.index(it % STAGES), pred=alternating)
-                it += alternating.to(gl.int32)
-
-        if IN_FLIGHT:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(previous), pred=n_used > 0)
 
         for h in gl.static_range(TILE_M // 128):
             if TILE_M == 256:
@@ -155,7 +163,7 @@ def _consumer(
                 if HAS_RESIDUAL:
                     mbarrier.expect(rbar.index(WG), 64 * 64 * xbuf.dtype.primitive_bitwidth // 8)
                     for part in gl.static_range(PARTS):
-                        feature = gl.load(pair + 4 + WG * PARTS + part)
+                        feature = gl.load(pair + 2 + WG * PARTS + part)
                         tma.async_copy_global_to_shared(
                             r_desc, [first, feature], rbar.index(WG), ybuf.index(slot + part)
                         )
@@ -167,12 +175,8 @@ def _consumer(
                 stage.store(gl.permute(gl.reshape(v, (PARTS, ROWS, 64)), (0, 2, 1)))
                 fence_async_shared()
                 for part in gl.static_range(PARTS):
-                    feature = gl.load(pair + 4 + WG * PARTS + part)
+                    feature = gl.load(pair + 2 + WG * PARTS + part)
                     tma.async_copy_shared_to_global(y_desc, [first, feature], ybuf.index(slot + part))
-        for _ in range(shared + own0 + own1 - n_used - both):  # pass over the other strip's tail
-            mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
-            mbarrier.arrive(empty.index(it % STAGES))
-            it += 1
     tma.store_wait(0)
 
 
@@ -180,12 +184,12 @@ def _consumer(
 def block_sparse_linear_kernel(
     x_desc, w_desc, y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out,
     TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, BLOCK_IN: gl.constexpr,
-    STAGES: gl.constexpr, IN_FLIGHT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr, PRODUCER_WARPS: gl.constexpr = 1,
 ):  # fmt: skip
     """Entry point; see the module's docstring."""
     DTYPE: gl.constexpr = x_desc.dtype
-    xbuf = gl.allocate_shared_memory(DTYPE, [STAGES * GROUP, TILE_M, TILE_K], x_desc.layout)
+    xbuf = gl.allocate_shared_memory(DTYPE, [STAGES, TILE_M, 64], x_desc.layout)
     wbuf = gl.allocate_shared_memory(DTYPE, [STAGES * 2 * GROUP * PARTS, 64 // PARTS, TILE_K], w_desc.layout)
     ybuf = gl.allocate_shared_memory(DTYPE, [4 * PARTS, 64, 64 // PARTS], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -199,13 +203,13 @@ def block_sparse_linear_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (y_desc, r_desc, bias, pairs, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full, empty,
-                         rbar, 0, TILE_M, TILE_K, GROUP, PARTS, STAGES, IN_FLIGHT, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
-            (_consumer, (y_desc, r_desc, bias, pairs, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full, empty,
-                         rbar, 1, TILE_M, TILE_K, GROUP, PARTS, STAGES, IN_FLIGHT, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
+            (_consumer, (y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full,
+                         empty, rbar, 0, TILE_M, TILE_K, GROUP, PARTS, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
+            (_consumer, (y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full,
+                         empty, rbar, 1, TILE_M, TILE_K, GROUP, PARTS, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
             (_producer, (x_desc, w_desc, pairs, entries, program_ptr, tasks, n_pairs, xbuf, wbuf, full, empty,
                          TILE_M, TILE_K, GROUP, PARTS, BLOCK_IN, STAGES)),
         ],
-        [4, 4],
+        [4, PRODUCER_WARPS],
         [232, 40],
     )  # fmt: skip

@@ -4,10 +4,10 @@ The pattern of kept blocks never changes, so everything that depends on it is co
 
 1. *strips* of 64 output features (see ``linear_device``); block rows of 32 are joined two by two, those that keep the
    most input blocks in common first, because the joined strip multiplies the union of the two;
-2. *pairs* of strips, again by common input blocks: a pair fetches the union of its strips' input tiles;
-3. the *stages* of every pair: kept by both strips, then alternately by one and the other, then the rest of the longer;
-4. the *tasks*, one per (token tile, pair), dealt to the programs in the order of the tokens (see ``schedule``), so that
-   programs that run at the same time read the same input tiles from the L2 cache.
+2. *pairs* of strips, again by common inputs: a pair fetches the union of its strips' input tiles of 64 features;
+3. the *stages* of every pair, one per fetched input tile, in the order of the inputs: programs that work on the same
+   tokens at the same time sweep the inputs together and meet in the L2 cache;
+4. the *tasks*, one per (token tile, pair), dealt to the programs in the order of the tokens (see ``schedule``).
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from tetris.layout import ceil_div
 STRIP = 64
 STAGE_K = 64
 PAIR_FIELDS = 8
+FETCH_COST = 1.3
+"""Time to fetch a stage over the time to multiply one strip's 64 features of it (H200: both alternate as the bound)."""
 FIXED_COST = 3.0
-"""Cost of a task's prologue and epilogue, in products of one strip and one stage."""
+"""Cost of a task's prologue and epilogue, in products of one strip and one whole stage."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +35,16 @@ class LinearSchedule:
     """What the device code walks through; all int32 tensors on one device.
 
     Attributes:
-        pairs: [n_pairs, 8]: first entry, stages of both strips, of strip 0, of strip 1, first output feature of each of
-            up to four parts (strip 0's, then strip 1's).
-        entries: [n_entries, 1 + 2 * parts]: first input feature of a tile, then for every part of both strips the first
-            row of its weight tile in ``values.view(-1, BLOCK_IN)``; past the end = zeros, -1 = the strip skips it.
+        pairs: [n_pairs, 8]: first entry, number of stages, first output feature of each of up to four parts (strip 0's,
+            then strip 1's).
+        entries: [n_stages + 1, 2 + tiles]: per stage its first input feature; its meta word (bits 0-3 and 4-7: which
+            weight tiles of strip 0 and 1 are kept, from bit 8 on: how many); per weight tile (strip, then input, then
+            part) its first row in ``values.view(-1, BLOCK_IN)``, past the end = zeros, -1 = not kept. The last is
+            empty.
         tasks: token tile * n_pairs + pair, dealt to the programs.
         tile_tokens: tokens per task.
-        fetched_stages, used_stages: stages that the pairs fetch, and that their strips multiply (a stage of both counts
-            twice), per token tile; their ratio says how well the pairing shares input tiles.
+        fetched_stages: input tiles that the pairs fetch per token tile.
+        products: (strip, 64 inputs) products per token tile; over the kept weights' share it says what padding costs.
     """
 
     pairs: torch.Tensor
@@ -48,7 +52,7 @@ class LinearSchedule:
     tasks: Schedule
     tile_tokens: int
     fetched_stages: int
-    used_stages: int
+    products: float
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -146,41 +150,31 @@ def _pairs(groups: list[list[_Strip]]) -> list[tuple[_Strip, _Strip | None]]:
     if len(groups[0]) % 2 == 0:
         return [(g[i], g[i + 1]) for g in groups for i in range(0, len(g), 2)]
     strips = [strip for group in groups for strip in group]
-    columns = {k: i for i, k in enumerate(sorted(set().union(*(s.tiles for s in strips))))}
-    mask = np.zeros((len(strips), len(columns)), bool)
+    mask = np.zeros((len(strips), max(max(s.tiles) for s in strips) // STAGE_K + 1), bool)
     for row, strip in enumerate(strips):
-        mask[row, [columns[k] for k in strip.tiles]] = True
+        mask[row, [k // STAGE_K for k in strip.tiles]] = True
     return [(strips[c[0]], strips[c[1]] if len(c) > 1 else None) for c in match_rows(mask)]
 
 
-def _pair_stages(
-    pair: tuple[_Strip, _Strip | None], group: int, zero_tile: tuple[int, int]
-) -> tuple[list[tuple[int, ...]], tuple[int, int, int]]:
-    """The entries of a pair in the order of its stages, and its numbers of (shared, own 0, own 1) stages."""
-    parts = len(pair[0].features)
-    zero_x, zero_w = zero_tile
+def _pair_stages(pair: tuple[_Strip, _Strip | None], tile_k: int) -> tuple[list[list[int]], float]:
+    """The entries of a pair's stages in the order of the inputs, and its products of one strip and one whole stage."""
+    absent = (-1,) * len(pair[0].features)
     tiles = [pair[0].tiles, pair[1].tiles if pair[1] else {}]
-    absent, zeros = (-1,) * parts, (zero_w,) * parts
-
-    def stages(entries: list[tuple[int, ...]], padding: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
-        padded = entries + [padding] * (-len(entries) % group)
-        return [padded[i : i + group] for i in range(0, len(padded), group)]
-
-    shared = stages(
-        [(k, *tiles[0][k], *tiles[1][k]) for k in sorted(tiles[0].keys() & tiles[1].keys())], (zero_x, *zeros, *zeros)
-    )
-    own0 = stages([(k, *tiles[0][k], *absent) for k in sorted(tiles[0].keys() - tiles[1])], (zero_x, *zeros, *absent))
-    own1 = stages([(k, *absent, *tiles[1][k]) for k in sorted(tiles[1].keys() - tiles[0])], (zero_x, *absent, *zeros))
-    both = min(len(own0), len(own1))
-    ordered = shared + [stage for couple in zip(own0, own1) for stage in couple] + own0[both:] + own1[both:]
-    return [entry for stage in ordered for entry in stage], (len(shared), len(own0), len(own1))
+    entries, kept = [], 0
+    for first in sorted({k // STAGE_K * STAGE_K for k in tiles[0].keys() | tiles[1].keys()}):
+        inputs = range(first, first + STAGE_K, tile_k)
+        masks = [sum(1 << g for g, k in enumerate(inputs) if k in strip) for strip in tiles]
+        count = sum(mask.bit_count() for mask in masks)
+        rows = [row for strip in tiles for k in inputs for row in strip.get(k, absent)]
+        entries.append([first, masks[0] | masks[1] << 4 | count << 8, *rows])
+        kept += count
+    return entries, kept * tile_k / STAGE_K
 
 
 def make_linear_schedule(
     indptr: torch.Tensor,
     indices: torch.Tensor,
     *,
-    in_features: int,
     block: tuple[int, int],
     tokens: int,
     tile_tokens: int,
@@ -190,38 +184,35 @@ def make_linear_schedule(
 
     Args:
         indptr, indices: the layout's CSR (int32), every block row with at least one block.
-        in_features: columns of x, without padding.
         block: (BLOCK_OUT, BLOCK_IN): 32 or a multiple of 64 outputs, a power of two from 16 inputs.
         tokens: rows of x; tile_tokens: rows per task.
         n_programs: persistent programs, the GPU's multiprocessors.
     Returns:
         The schedule, on the device of ``indptr``.
     """
-    block_out, block_in = block
-    tile_k = min(block_in, STAGE_K)
+    tile_k = min(block[1], STAGE_K)
     ptr, idx = indptr.cpu().numpy(), indices.cpu().numpy()
-    groups = _strips(ptr, idx, block, tile_k)
-    pairs = _pairs(groups)
-    zero_tile = (ceil_div(in_features, block_in) * block_in, len(idx) * block_out)
-    past_features = (len(ptr) - 1) * block_out
-    entries: list[tuple[int, ...]] = []
-    rows, costs = [], []
+    pairs = _pairs(_strips(ptr, idx, block, tile_k))
+    parts = len(pairs[0][0].features)
+    past_features = (len(ptr) - 1) * block[0]
+    entries: list[list[int]] = []
+    rows, costs, products = [], [], 0.0
     for pair in pairs:
-        features = pair[0].features + (pair[1].features if pair[1] else (past_features,) * len(pair[0].features))
-        pair_entries, counts = _pair_stages(pair, STAGE_K // tile_k, zero_tile)
-        rows.append([len(entries), *counts, *features, *([past_features] * (4 - len(features)))])
-        entries += pair_entries
-        shared, own0, own1 = counts
-        costs.append(2 * shared + 1.5 * (own0 + own1))
-    n_tiles = ceil_div(tokens, tile_tokens)
-    tasks = make_schedule(costs, n_tiles, n_programs, tile_cost=FIXED_COST)
-    table = np.array(rows, np.int32)
+        features = pair[0].features + (pair[1].features if pair[1] else (past_features,) * parts)
+        stages, pair_products = _pair_stages(pair, tile_k)
+        rows.append([len(entries), len(stages), *features, *([past_features] * (PAIR_FIELDS - 2 - len(features)))])
+        entries += stages
+        costs.append(max(pair_products, FETCH_COST * len(stages)))
+        products += pair_products
+    fetched = len(entries)
+    entries.append([0] * len(entries[0]))
+    tasks = make_schedule(costs, ceil_div(tokens, tile_tokens), n_programs, tile_cost=FIXED_COST)
     device = indptr.device
     return LinearSchedule(
-        pairs=torch.from_numpy(table).to(device),
+        pairs=torch.tensor(rows, dtype=torch.int32, device=device),
         entries=torch.tensor(entries, dtype=torch.int32, device=device),
         tasks=tasks.to(device),
         tile_tokens=tile_tokens,
-        fetched_stages=int(table[:, 1:4].sum()),
-        used_stages=int(table[:, 1:4].sum() + table[:, 1].sum()),
+        fetched_stages=fetched,
+        products=products,
     )

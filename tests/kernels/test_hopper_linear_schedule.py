@@ -21,7 +21,6 @@ def schedule_of(layout: BlockLayout, tokens: int = 300, tile_tokens: int = 128, 
     return make_linear_schedule(
         layout.indptr,
         layout.indices,
-        in_features=layout.shape[1],
         block=layout.block,
         tokens=tokens,
         tile_tokens=tile_tokens,
@@ -47,19 +46,19 @@ def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, 
     y = torch.full((len(x), layout.shape[0]), torch.nan, dtype=x.dtype)
     for task in schedule.tasks.order.tolist():
         token = task // len(schedule.pairs) * schedule.tile_tokens
-        first, shared, own0, own1, *features = schedule.pairs[task % len(schedule.pairs)].tolist()
-        both = min(own0, own1)
+        first, n_stages, *features = schedule.pairs[task % len(schedule.pairs)].tolist()
         acc = torch.zeros(2, STRIP, schedule.tile_tokens, dtype=x.dtype)
-        for stage in range(shared + own0 + own1):
-            alternating, rest = stage - shared, stage - shared - 2 * both
-            for entry in schedule.entries[first + stage * group :][:group].tolist():
-                for strip in range(2):
-                    uses = stage < shared or (alternating % 2 == strip if rest < 0 else (own0, own1)[strip] > both)
-                    tiles = entry[1 + strip * parts :][:parts]
-                    assert all((tile >= 0) == uses for tile in tiles)
-                    if uses:
-                        w = torch.cat([box(weights, tile, entry[0] % block_in, rows, tile_k) for tile in tiles])
-                        acc[strip] += w @ box(x, token, entry[0], schedule.tile_tokens, tile_k).T
+        for column, meta, *tiles in schedule.entries[first : first + n_stages].tolist():
+            assert meta >> 8 == (meta & 255).bit_count()
+            for index in range(2 * group):
+                strip, g = divmod(index, group)
+                under = tiles[index * parts : (index + 1) * parts]
+                kept = bool(meta >> (4 * strip + g) & 1)
+                assert all((tile >= 0) == kept for tile in under)
+                if kept:
+                    k = column + g * tile_k
+                    w = torch.cat([box(weights, tile, k % block_in, rows, tile_k) for tile in under])
+                    acc[strip] += w @ box(x, token, k, schedule.tile_tokens, tile_k).T
         for part, feature in enumerate(features[: 2 * parts]):
             target = y[token : token + schedule.tile_tokens, feature : feature + rows]
             assert target.isnan().all(), "stored twice"
@@ -92,8 +91,8 @@ def test_strips_with_the_same_blocks_fetch_every_tile_once() -> None:
     mask = torch.zeros(4, 16, dtype=torch.bool)
     mask[0, :8] = mask[3, :8] = mask[1, 8:] = mask[2, 8:] = True
     schedule = schedule_of(BlockLayout.from_mask(mask, (256, 1024), (64, 64)))
-    assert (schedule.fetched_stages, schedule.used_stages) == (16, 32)
-    assert {tuple(sorted(pair[4:6])) for pair in schedule.pairs.tolist()} == {(0, 192), (64, 128)}
+    assert (schedule.fetched_stages, schedule.products) == (16, 32)
+    assert {tuple(sorted(pair[2:4])) for pair in schedule.pairs.tolist()} == {(0, 192), (64, 128)}
 
 
 def test_matching_joins_every_row_once_and_beats_neighbours() -> None:
@@ -109,6 +108,11 @@ def test_matching_joins_every_row_once_and_beats_neighbours() -> None:
 def test_rows_of_32_that_keep_the_same_blocks_are_joined_without_zeros() -> None:
     mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.3
     layout = BlockLayout.from_mask(mask.repeat(4, 1), (512, 1024), (32, 32)).without_empty_rows()
-    schedule = schedule_of(layout)
-    ideal = layout.n_blocks * 32 * 32 / (STRIP * STAGE_K)
-    assert schedule.used_stages <= ideal + len(schedule.pairs) * 2  # only the last stage of a strip is padded
+    assert schedule_of(layout).products == layout.n_blocks * 32 * 32 / (STRIP * STAGE_K)
+
+
+def test_stages_ascend_within_a_pair() -> None:
+    schedule = schedule_of(layout_of((512, 1024), (64, 16), 0.3))
+    for first, n_stages, *_ in schedule.pairs.tolist():
+        columns = schedule.entries[first : first + n_stages, 0]
+        assert bool((columns.diff() > 0).all())

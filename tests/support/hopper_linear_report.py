@@ -43,7 +43,6 @@ def main() -> None:
         schedule = make_linear_schedule(
             operands["indptr"],
             operands["indices"],
-            in_features=case.in_features,
             block=case.block,
             tokens=case.tokens[0],
             tile_tokens=tile_tokens,
