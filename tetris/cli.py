@@ -43,6 +43,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where report.html and the rest go.")] = Path("out"),
     device: Device = None,
     seed: Seed = 0,
+    methods: Annotated[
+        str, typer.Option(help="Besides element-wise: none, sort, paper, batched, exact, annealed.")
+    ] = "none,sort,paper",
     quick: Annotated[bool, typer.Option("--quick", help="One block size, two sparsities.")] = False,
 ) -> None:
     """The paper's experiment on LeNet: train, prune in four ways, fine-tune, convert, verify, measure.
@@ -52,7 +55,7 @@ def demo(
     from tetris.demo.experiment import Settings
     from tetris.demo.run import run_demo
 
-    settings = Settings.for_dataset(dataset, seed, quick)
+    settings = Settings.for_dataset(dataset, seed, quick, tuple(name.strip() for name in methods.split(",")))
     run_demo(out, settings, dataset, data, checked_device(device), Console())
 
 
@@ -206,6 +209,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"the GPU's memory is full; use a smaller input batch or --dtype fp16 ({str(error).splitlines()[0]})")
     sys.exit(0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,15 @@ def prune_user_model(
 
         pruned = tetris.prune(user.model, example_inputs=user.inputs, progress=on_layer, **options)
         progress.update(task, description="convert")
-        fast = tetris.convert(pruned, example_inputs=user.inputs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fast = tetris.convert(pruned, example_inputs=user.inputs)
         progress.update(task, description="verify")
         report = tetris.verify(pruned, fast, example_inputs=user.inputs)
         progress.remove_task(task)
+    for warning in caught:
+        console.print(f"note: {warning.message}", highlight=False, markup=False, soft_wrap=True)
+    console.print(str(fast.conversion), highlight=False, markup=False, soft_wrap=True)
     console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     if not report.passed:
         raise TetrisError(

@@ -30,6 +30,8 @@ METHOD_NAMES = {
     "none": "blocks, no reordering",
     "sort": "blocks, sorted by L1",
     "paper": "blocks, TETRIS",
+    "batched": "blocks, TETRIS batched",
+    "exact": "blocks, TETRIS exact",
     "annealed": "blocks, TETRIS annealed",
 }
 METHOD_STYLES = {
@@ -37,6 +39,8 @@ METHOD_STYLES = {
     "none": ("#d97706", "v", "--"),
     "sort": ("#93b5d8", "o", "-."),
     "paper": ("#1d4ed8", "D", "-"),
+    "batched": ("#7c3aed", "<", "-"),
+    "exact": ("#be185d", ">", "-"),
     "annealed": ("#0f766e", "^", "-"),
 }
 """Colour, marker and line of every method: the same in all pictures, and told apart without colour too."""

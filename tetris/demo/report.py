@@ -78,18 +78,19 @@ def ordered(results: Sequence[Result]) -> list[Result]:
 def notes(summary: Summary) -> list[str]:
     """What a reader has to know to read the numbers right."""
     step = 100 / summary.n_test
+    how = "one thread, fp32" if summary.device.startswith("cpu") else "fp16, CUDA graphs"
     return [
         f"Sparsity is that of {' and '.join(PRUNED_LAYERS)} (98.7 % of the weights); conv1 and fc2 stay dense and "
         "count in 'ideal', which is all multiply-adds / those left.",
         f"Accuracy (before and after fine-tuning) is on {summary.n_test} held-out images: one image is {step:.2f} "
         "points; smaller differences mean nothing.",
-        "Methods: element-wise; blocks in the given order; blocks of channels sorted by L1 norm; TETRIS, the paper's "
-        "Algorithm 1; annealed, this project's search for the same objective.",
+        "Methods: element-wise; blocks in the given order; blocks of channels sorted by L1 norm; TETRIS, blocks after "
+        "the paper's Algorithm 1; other names are searches of this project for the same objective (see tetris.reorder).",
         "Pruned: the share of weights, beside the share of blocks that was asked for: edge blocks are smaller, and a "
         "block larger than a layer's channels shrinks to half of them.",
         "Retained: the share of the sum of |weight| of the pruned layers that pruning kept.",
         f"Speedup is the dense network's time / the converted network's, medians of interleaved runs on this machine "
-        f"({summary.device}), batch {summary.settings.timed_batch}; below 1 means slower.",
+        f"({how}), batch {summary.settings.timed_batch}; below 1 means slower.",
         "Element-wise masks have no speedup: the zeros are scattered and the network runs as the dense one.",
         f"Fine-tuning: {summary.settings.fine_tuning.epochs} epochs with the mask in place; the dense network trained "
         f"for {summary.settings.training.epochs}. Seed {summary.settings.seed}.",
