@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def grid_barrier(counter_ptr, arrivals):
-    """Wait until the counter, which each program raises by one, reaches ``arrivals``; memory before it is visible after."""
+    """Wait until the counter, which every program raises by one, reaches ``arrivals``."""
     tl.debug_barrier()
     seen = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1
     while seen < arrivals:

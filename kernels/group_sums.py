@@ -71,7 +71,5 @@ def group_sums(x: torch.Tensor, order: torch.Tensor, group: int, *, dim: int) ->
     y = x.new_empty(M, n_groups)
     tile_group = next_power_of_two(group)
     tile_g = max(1, min(next_power_of_two(n_groups), GATHERED // tile_group))
-    column_groups_kernel[(M,)](
-        x, order, y, N, n_groups, GROUP=group, TILE_GROUP=tile_group, TILE_G=tile_g, num_warps=4
-    )
+    column_groups_kernel[(M,)](x, order, y, N, n_groups, GROUP=group, TILE_GROUP=tile_group, TILE_G=tile_g, num_warps=4)
     return y

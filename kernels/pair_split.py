@@ -1,4 +1,4 @@
-"""A round-robin tournament between groups of slices, many turns in one launch: the M-step of batched and annealed search.
+"""A round-robin tournament between groups of slices, many turns a launch: the M-step of batched and annealed search.
 
 In a turn every group meets one other. The two sort their members by what each would gain on the other side; the k-th
 best leavers of both change places as long as that gains. Pairs of a turn are disjoint, so their gains add exactly; a

@@ -199,7 +199,7 @@ def swap_search_kernel(
                 tl.debug_barrier()  # every thread has read the order before it changes
                 tl.store(order_ptr + i, slice_j)
                 tl.store(order_ptr + j, slice_i)
-                if program == 0:
+                if program == 0:  # noqa: SIM102
                     if swaps < trace_length:
                         tl.store(trace_ptr + 2 * swaps, i.to(tl.int64))
                         tl.store(trace_ptr + 2 * swaps + 1, j.to(tl.int64))

@@ -1,6 +1,8 @@
-"""Importance of weights: what pruning keeps and reordering clusters. The paper's |W| (L1), its square (L2), or your own."""
+"""Importance of weights: what pruning keeps and reordering clusters. |W| as in the paper (L1), W^2 (L2) or your own."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -17,7 +19,7 @@ def importance_of(weight: torch.Tensor, importance: Importance = "l1") -> torch.
         TetrisError: NaN or Inf in the weight or the importance, an unknown name, negative entries.
         ShapeError: an importance tensor of another shape.
     """
-    if not torch.isfinite(weight).all():
+    if weight.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
         bad = int((~torch.isfinite(weight)).sum())
         raise TetrisError(
             f"importance: wanted finite weights; got {bad} NaN or Inf among {weight.numel()}; "
@@ -28,7 +30,9 @@ def importance_of(weight: torch.Tensor, importance: Importance = "l1") -> torch.
         if importance.shape != weight.shape:
             raise ShapeError(f"importance: wanted the weight's shape {tuple(weight.shape)}; got {describe(importance)}")
         if not torch.isfinite(importance).all() or (importance < 0).any():
-            raise TetrisError("importance: wanted finite entries >= 0; got NaN, Inf or negative ones; pass |gradient * weight| or the like")
+            raise TetrisError(
+                "importance: wanted finite entries >= 0; got NaN, Inf or negative ones; pass |gradient * weight| or the like"
+            )
         return importance.detach().to(weight)
     if importance == "l1":
         return weight.abs()

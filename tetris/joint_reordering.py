@@ -17,7 +17,7 @@ from tetris.permutation import identity, validate
 from tetris.pruning import check_sparsity, fit_block, units_to_keep
 from tetris.search.alternation import Progress
 from tetris.search.methods import METHODS, check_options
-from tetris.search.system import BlockProblem, Key, System
+from tetris.search.system import BlockProblem, Key, System, total_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def _start_orders(start: Mapping[Key, torch.Tensor] | None, sizes: dict[Key, int
 
 
 def _retained(system: System, index: int, mask: torch.Tensor) -> float:
-    total = float(system.problems[index].matrix.sum(dtype=torch.float64))
+    total = total_of(system.problems[index].matrix)
     return float(system.block_sums(index)[mask].sum(dtype=torch.float64)) / total if total > 0 else 1.0
 
 

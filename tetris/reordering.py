@@ -22,7 +22,7 @@ from tetris.pruning import Block, BlockPruning, PruningMethod, check_sparsity, f
 from tetris.search.alternation import Progress
 from tetris.search.general import alternate_slices, sorted_slices
 from tetris.search.methods import METHODS, Options, Outcome, check_options
-from tetris.search.system import BlockProblem, System
+from tetris.search.system import BlockProblem, System, total_of
 
 __all__ = ["JointProblem", "JointReordering", "Reordering", "reorder", "reorder_jointly", "retained_importance"]
 
@@ -217,9 +217,9 @@ def _start_permutations(
 
 
 def retained_importance(importance: torch.Tensor, keep_mask: torch.Tensor) -> float:
-    """Kept importance / total importance, summed in float64; 1.0 when everything is zero."""
+    """Kept importance / total importance; 1.0 when everything is zero."""
     kept = total = 0.0
     for scores, mask in zip(importance.split(1024), keep_mask.split(1024)):
-        total += float(scores.sum(dtype=torch.float64))
-        kept += float((scores * mask).sum(dtype=torch.float64))
+        total += total_of(scores)
+        kept += total_of(scores * mask)
     return kept / total if total > 0 else 1.0

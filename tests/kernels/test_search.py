@@ -38,7 +38,9 @@ def test_group_sums(shape, group, dim, device):
     assert torch.allclose(got.cpu(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "edge", "high"), [(24, 4, 1000), (24, 4, 5), (23, 4, 4), (40, 7, 9), (16, 8, 3), (5, 5, 9)])
+@pytest.mark.parametrize(
+    ("n", "edge", "high"), [(24, 4, 1000), (24, 4, 5), (23, 4, 4), (40, 7, 9), (16, 8, 3), (5, 5, 9)]
+)
 def test_swap_search_makes_the_paper_s_swaps(n, edge, high, device):
     from tetris.kernels.swap_search import SwapSearchConfig, swap_search
 
@@ -56,7 +58,9 @@ def test_swap_search_makes_the_paper_s_swaps(n, edge, high, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "edge", "groups_per_program"), [(512, 32, 16), (4096, 32, 1), (4100, 32, 4), (3000, 8, 8)])
+@pytest.mark.parametrize(
+    ("n", "edge", "groups_per_program"), [(512, 32, 16), (4096, 32, 1), (4100, 32, 4), (3000, 8, 8)]
+)
 def test_swap_search_makes_the_paper_s_swaps_at_full_size(n, edge, groups_per_program, device):
     from tetris.kernels.swap_search import SwapSearchConfig, swap_search
 
@@ -81,7 +85,5 @@ def test_tournament_matches_the_compiled_loops(n, edge, high, device):
     swaps = sweep(values, partition, players, 3, 5, 0.0)
     order = torch.arange(n, dtype=torch.int32, device=device)
     tables = [t.to(device, torch.int32) for t in (partition.offsets, players)]
-    made = play_tournament(
-        values.to(device), order, *tables, 3, 5, 0.0, capacity=edge, programs=100 if HAS_GPU else 1
-    )
+    made = play_tournament(values.to(device), order, *tables, 3, 5, 0.0, capacity=edge, programs=100 if HAS_GPU else 1)
     assert int(made) == swaps and torch.equal(order.cpu().long(), partition.order)

@@ -68,9 +68,7 @@ def _greedy_on_gpu(values: torch.Tensor, partition: Partition, trace: torch.Tens
     processors = torch.cuda.get_device_properties(values.device).multi_processor_count
     config = default_swap_search_config(partition.n_groups, processors)
     record = None if trace is None else trace.to(values.device)
-    swaps = swap_search(
-        values.contiguous(), partition.order, edge, smallest_gain(values), config=config, trace=record
-    )
+    count = swap_search(values.contiguous(), partition.order, edge, smallest_gain(values), config=config, trace=record)
     if trace is not None and record is not None:
         trace.copy_(record)
-    return int(swaps)
+    return int(count)
