@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 L2_FLUSH_BYTES = 256 << 20
-"""Read between runs with ``cold_l2``: more than any GPU's L2 (H200: 50 MB). Read, not written: lines left dirty would be
-written back during the timed run, which on an H200 doubled the traffic of a run that reads less than 50 MB."""
+"""Read between runs with ``cold_l2``: more than any GPU's L2 (H200: 50 MB). Read, not written: dirty lines would be
+written back during the timed run, which on an H200 doubled the traffic of runs that read less than 50 MB."""
 
 QUEUE_CYCLES = 300_000
 """How long the GPU idles in a kernel while a run is queued: about 0.16 ms at 1.8 GHz, several launches' worth."""
