@@ -1,0 +1,43 @@
+"""Child process of the ahead-of-time tests: compiles variants of the Hopper convolution for sm_90, prints JSON facts.
+
+python -m tests.support.hopper_conv_report 0 3 9
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+
+import torch
+import triton
+
+from tests.kernels.hopper_conv_variants import VARIANTS, Variant
+from tests.support.compiler import Compiled, compiling
+from tests.support.operands import conv2d_operands
+from tetris.kernels.configs import Conv2dProblem, DeviceInfo
+from tetris.kernels.hopper import conv2d as launcher
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Launch the variant on CPU tensors under the compiling driver."""
+    case = variant.problem(random.Random(0))
+    operands = conv2d_operands(case, getattr(torch, variant.dtype), torch.device("cpu"))
+    geometry = {name: operands[name] for name in ("kernel_size", "stride", "padding", "dilation")}
+    problem = Conv2dProblem(
+        case.batch, case.c_in, case.c_out, case.height, case.width, block=case.block, dtype=variant.dtype,
+        n_blocks=len(operands["values"]), **geometry,
+    )  # fmt: skip
+    schedule = launcher.conv2d_schedule(operands["indptr"], operands["indices"], problem, variant.config, 132, "cpu")
+    with compiling(90) as results:
+        launcher.block_sparse_conv2d(
+            **operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config, schedule=schedule
+        )
+    return results[0]
+
+
+if __name__ == "__main__":
+    launcher.device_info = lambda device: DeviceInfo("sm_90", (9, 0), 132, triton.__version__)
+    chosen = [VARIANTS[int(index)] for index in sys.argv[1:]]
+    print(json.dumps({str(variant): dataclasses.asdict(compile_variant(variant)) for variant in chosen}))
