@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from tetris.kernels.cpu.epilogue import finish_
-from tetris.kernels.cpu.grouping import RowGroup, dense_groups, merge_similar
+from tetris.kernels.cpu.grouping import PIXELS, CostModel, Grouping, group_layout
 from tetris.layout import BlockLayout
-from tetris.permutation import inverse, is_identity
 
-OVERHEAD = 0.3
-
-
-@dataclass(frozen=True)
-class PreparedConv2d:
-    """A layer's weight, repacked once for :func:`run`.
-
-    Attributes:
-        groups: the dense convolutions.
-        gather: int64 [C_OUT] that brings their concatenated outputs into the stored order; None = they are in order.
-    """
-
-    groups: list[RowGroup]
-    gather: torch.Tensor | None
+CALL_US = 40.0
 
 
 def prepare(
@@ -38,18 +22,26 @@ def prepare(
     kernel_size: tuple[int, int],
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
-) -> PreparedConv2d:
-    """Repack the blocks [n_blocks, KH*KW, BLOCK_OUT, BLOCK_IN]; permutations are folded in."""
+    pixels: int = PIXELS,
+) -> Grouping:
+    """Repack the blocks [n_blocks, KH*KW, BLOCK_OUT, BLOCK_IN] for :func:`run`, once.
+
+    ``pixels`` is about how many output pixels a call will have (batch * height * width); it decides how many block
+    rows share an operation, not the result.
+    """
     block = (values.shape[-2], values.shape[-1])
-    layout = BlockLayout((c_out, c_in), block, indptr, indices)
-    groups = dense_groups(values, layout, merge_similar(layout.to_mask(), OVERHEAD), kernel_size, input_permutation)
-    computed = torch.cat([group.outputs for group in groups])
-    stored = computed if output_permutation is None else output_permutation.cpu()[computed]
-    return PreparedConv2d(groups, None if is_identity(stored) else inverse(stored))
+    return group_layout(
+        values,
+        BlockLayout((c_out, c_in), block, indptr, indices),
+        CostModel(block, kernel_size[0] * kernel_size[1], pixels, CALL_US),
+        kernel_size=kernel_size,
+        input_permutation=input_permutation,
+        output_permutation=output_permutation,
+    )
 
 
 def run(
-    prepared: PreparedConv2d,
+    prepared: Grouping,
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -60,16 +52,15 @@ def run(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(conv2d(x, W) + bias + residual) for x [N, C_IN, H, W]; bias in the order of the block rows."""
+    image = x.permute(0, 2, 3, 1)
+    pixels = image.reshape(-1, image.shape[3])  # columns of a matrix are taken 30 times as fast as an image's channels
     parts = []
-    for group in prepared.groups:
-        narrowed = group.input_slice
-        inputs = x[:, narrowed] if narrowed is not None else x.index_select(1, group.inputs)
-        part_bias = None if bias is None else bias[group.outputs].to(x.dtype)
-        parts.append(F.conv2d(inputs, group.weight, part_bias, stride, padding, dilation))
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    if prepared.gather is not None:
-        y = y.index_select(1, prepared.gather)
-    return finish_(y, residual, activation).contiguous(memory_format=torch.channels_last)
+    for group, part_bias in zip(prepared.groups, prepared.biases(bias, x.dtype)):
+        inputs = group.inputs.take(pixels).view(*image.shape[:3], -1).permute(0, 3, 1, 2)
+        y = F.conv2d(inputs, group.weight, part_bias, stride, padding, dilation).permute(0, 2, 3, 1)
+        parts.append(y.reshape(-1, y.shape[3]))
+    rows = prepared.join(parts)
+    return finish_(rows.view(*y.shape[:3], -1).permute(0, 3, 1, 2), residual, activation)
 
 
 def block_sparse_conv2d(

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from tetris.kernels.cpu.epilogue import finish_
-from tetris.kernels.cpu.grouping import RowGroup, as_slice, dense_groups, merge_similar
+from tetris.kernels.cpu.grouping import PIXELS, CostModel, Grouping, group_layout
 from tetris.layout import BlockLayout
 
-OVERHEAD = 0.3
-
-
-@dataclass(frozen=True)
-class PreparedLinear:
-    """A layer's weight, repacked once for :func:`run`.
-
-    Attributes:
-        groups: the dense products.
-        destinations: per group, where its outputs are stored: a slice or int64 indices.
-        out_features: features of the output.
-    """
-
-    groups: list[RowGroup]
-    destinations: list[slice | torch.Tensor]
-    out_features: int
+CALL_US = 12.0
 
 
 def prepare(
@@ -38,17 +21,24 @@ def prepare(
     out_features: int,
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
-) -> PreparedLinear:
-    """Repack the blocks [n_blocks, BLOCK_OUT, BLOCK_IN]; permutations are folded in. Cost: one pass over the weight."""
+    tokens: int = PIXELS,
+) -> Grouping:
+    """Repack the blocks [n_blocks, BLOCK_OUT, BLOCK_IN] for :func:`run`, once.
+
+    ``tokens`` is about how many rows x will have; it decides how many block rows share an operation, not the result.
+    """
     block = (values.shape[-2], values.shape[-1])
-    layout = BlockLayout((out_features, in_features), block, indptr, indices)
-    groups = dense_groups(values, layout, merge_similar(layout.to_mask(), OVERHEAD), (), input_permutation)
-    stored = [g.outputs if output_permutation is None else output_permutation.cpu()[g.outputs] for g in groups]
-    return PreparedLinear(groups, [as_slice(s) or s for s in stored], out_features)
+    return group_layout(
+        values,
+        BlockLayout((out_features, in_features), block, indptr, indices),
+        CostModel(block, 1, tokens, CALL_US),
+        input_permutation=input_permutation,
+        output_permutation=output_permutation,
+    )
 
 
 def run(
-    prepared: PreparedLinear,
+    prepared: Grouping,
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -57,13 +47,9 @@ def run(
 ) -> torch.Tensor:
     """activation(x W^T + bias + residual) for x [..., in_features]; bias in the order of the block rows."""
     rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(rows.shape[0], prepared.out_features)
-    for group, destination in zip(prepared.groups, prepared.destinations):
-        narrowed = group.input_slice
-        inputs = rows[:, narrowed] if narrowed is not None else rows.index_select(1, group.inputs)
-        y[:, destination] = F.linear(inputs, group.weight, None if bias is None else bias[group.outputs].to(x.dtype))
-    y = y.view(*x.shape[:-1], prepared.out_features)
-    return finish_(y, residual, activation)
+    biases = prepared.biases(bias, x.dtype)
+    y = prepared.join([F.linear(g.inputs.take(rows), g.weight, b) for g, b in zip(prepared.groups, biases)])
+    return finish_(y.view(*x.shape[:-1], y.shape[1]), residual, activation)
 
 
 def block_sparse_linear(
