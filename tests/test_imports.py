@@ -32,12 +32,15 @@ LAYERS: dict[str, int] = {
     # L2: device code and launchers
     "kernels": 2,
     # L3: operators and the search
+    "dispatch": 3,
     "ops": 3,
     "search": 3,
     "reordering": 3,
     "joint_reordering": 3,
     # L4: modules, graphs, model -> model
     "layers": 4,
+    "fusion": 4,
+    "orders": 4,
     "graph": 4,
     "specs": 4,
     "masking": 4,

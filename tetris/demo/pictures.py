@@ -55,6 +55,7 @@ def layer_picture(weight: torch.Tensor, reordering: Reordering, name: str, max_p
         name: the layer's, for the title.
         max_pixels: larger matrices are averaged down to this many rows or columns.
     """
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     if reordering.block_mask is None:
@@ -70,7 +71,13 @@ def layer_picture(weight: torch.Tensor, reordering: Reordering, name: str, max_p
         (f"{reordering.block[0]}x{reordering.block[1]} blocks, {reordering.sparsity:.0%} pruned", reordered * keep),
     )
     for axes, (title, matrix) in zip(figure.subplots(1, len(panels)), panels):
-        axes.imshow(shrink(matrix, max_pixels), cmap="magma", vmin=0, vmax=high, interpolation="nearest", aspect="auto")
+        axes.imshow(
+            shrink(matrix, max_pixels),
+            cmap="magma",
+            norm=PowerNorm(1.5, 0, high),
+            interpolation="nearest",
+            aspect="auto",
+        )
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("input channel", fontsize=9)
         axes.tick_params(labelsize=8)

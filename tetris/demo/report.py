@@ -84,8 +84,8 @@ def notes(summary: Summary) -> list[str]:
         "count in 'ideal', which is all multiply-adds / those left.",
         f"Accuracy (before and after fine-tuning) is on {summary.n_test} held-out images: one image is {step:.2f} "
         "points; smaller differences mean nothing.",
-        "Methods: element-wise; blocks in the given order; blocks of channels sorted by L1 norm; TETRIS, blocks after "
-        "the paper's Algorithm 1; other names are searches of this project for the same objective (see tetris.reorder).",
+        "Methods: element-wise; blocks in the given order; blocks of channels sorted by L1 norm; TETRIS, blocks "
+        "after the paper's Algorithm 1; other names are this project's searches (see tetris.reorder).",
         "Pruned: the share of weights, beside the share of blocks that was asked for: edge blocks are smaller, and a "
         "block larger than a layer's channels shrinks to half of them.",
         "Retained: the share of the sum of |weight| of the pruned layers that pruning kept.",
