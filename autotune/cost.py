@@ -6,13 +6,21 @@ slower; programs run in whole waves over the multiprocessors; and nothing beats 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tetris.autotune.ceilings import H200_FP16, Ceilings
 from tetris.autotune.problems import Problem, size_bytes
 from tetris.autotune.space import Config
-from tetris.kernels.configs import ITEM_SIZE, Conv2dConfig, Conv2dProblem, DeviceInfo, padded_block
-from tetris.kernels.hopper.heuristics import complete_tile
+from tetris.kernels.configs import (
+    ITEM_SIZE,
+    Conv2dConfig,
+    Conv2dProblem,
+    DeviceInfo,
+    LinearConfig,
+    LinearProblem,
+    padded_block,
+)
+from tetris.kernels.hopper.heuristics import complete_tile, tile_count
 from tetris.layout import ceil_div
 
 L2_BYTES_PER_S = 8.7e12
@@ -27,6 +35,8 @@ OVERLAP = 0.1
 """Share of the lesser of arithmetic and traffic that does not hide behind the greater."""
 COPIES = 1.25
 """The ``copies`` order of the input writes shared memory once for every kernel column."""
+PAIRED = 1.4
+"""Two block rows of 32 outputs run as one: how much longer the union of their inputs is than either's."""
 LAUNCH_US = 2.0
 MATRIX_ROWS = 64
 """Rows of a Hopper matrix instruction: blocks of fewer outputs waste the rest."""
@@ -65,56 +75,66 @@ def estimate_us(problem: Problem, device: DeviceInfo, config: Config, ceilings: 
 
 
 def _work(problem: Problem, device: DeviceInfo, config: Config) -> Work:
+    if isinstance(problem, Conv2dProblem):
+        assert isinstance(config, Conv2dConfig)
+        return (
+            _hopper_conv2d(problem, config) if config.kernel == "hopper" else _portable_conv2d(problem, device, config)
+        )
+    assert isinstance(config, LinearConfig)
+    return _linear(problem, device, config)
+
+
+def _hopper_conv2d(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
+    """Persistent programs over tiles of 64 channels; one halo tile of the input serves every tap."""
+    tile = complete_tile(problem, config)
+    tasks = tile_count(problem, tile)
+    row_tasks = max(1.0, problem.c_out / MATRIX_ROWS)
+    channels = problem.n_blocks * problem.block[0] * problem.block[1] / row_tasks / MATRIX_ROWS  # of the mean task
+    if problem.block[0] < MATRIX_ROWS:
+        channels *= PAIRED  # two block rows share a task and the union of their inputs
+    item = ITEM_SIZE[problem.dtype]
+    flop = 2.0 * MATRIX_ROWS * config.tile_pixels * channels * problem.taps
+    weights = 0.5 * MATRIX_ROWS * channels * problem.taps  # both consumer warpgroups share a weight tile
+    l2_bytes = item * (tile.stage_groups * 8 * channels + weights + config.tile_pixels * MATRIX_ROWS)
+    stall = (1.4 if tile.x_stages == 1 else 1.0) * (COPIES if tile.copies else 1.0)
+    return Work(tasks, flop, l2_bytes, channels / tile.tile_k, stall, 1, persistent=True)
+
+
+def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo, config: Conv2dConfig) -> Work:
+    """One program a tile and block row; every tap loads its own pixels."""
+    height, width = problem.output_size
+    tiles = ceil_div(problem.batch * height * width, config.tile_pixels)
+    if config.descriptors:
+        tiles = (
+            ceil_div(problem.batch, config.tile_n) * ceil_div(height, config.tile_h) * ceil_div(width, config.tile_w)
+        )
+    return _portable(problem, device, config, tiles, config.tile_pixels, problem.taps)
+
+
+def _linear(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> Work:
+    tiles = ceil_div(problem.tokens, config.tile_tokens)
+    work = _portable(problem, device, config, tiles, config.tile_tokens, 1)
+    return replace(work, persistent=True, stall=1.0, per_sm=1) if config.kernel == "hopper" else work
+
+
+def _portable(problem: Problem, device: DeviceInfo, config: Config, tiles: int, pixels: int, taps: int) -> Work:
     item = ITEM_SIZE[problem.dtype]
     out, k = padded_block(problem.block)
-    per_row = problem.n_blocks / problem.block_rows
-    if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig):
-        pixels, taps = config.tile_pixels, problem.taps
-        height, width = problem.output_size
-        if config.kernel == "hopper" or config.descriptors:
-            tiles = ceil_div(problem.batch, config.tile_n) * ceil_div(height, config.tile_h)
-            tiles *= ceil_div(width, config.tile_w)
-        else:
-            tiles = ceil_div(problem.batch * height * width, pixels)
-        loaded = float(pixels * taps)
-        if config.kernel == "hopper":
-            loaded = _halo_pixels(problem, config)
-    else:
-        assert not isinstance(config, Conv2dConfig) and not isinstance(problem, Conv2dProblem)
-        pixels, taps, loaded = config.tile_tokens, 1, float(config.tile_tokens)
-        tiles = ceil_div(problem.tokens, pixels)
+    channels = problem.n_blocks / problem.block_rows * k
     tile_out = min(config.tile_out or out, out)
-    programs = tiles * problem.block_rows * ceil_div(out, tile_out)
     rows = max(tile_out, MATRIX_ROWS) if config.kernel != "decode" else tile_out
-    flop = 2.0 * rows * pixels * k * taps * per_row
-    weights = tile_out * k * taps * per_row * item
-    if config.kernel == "hopper":
-        weights = 0.5 * weights  # both consumer warpgroups share a weight tile
-    l2_bytes = loaded * k * per_row * item + weights + pixels * tile_out * item
     step = config.tile_k or k
+    l2_bytes = item * ((pixels + tile_out) * channels * taps + pixels * tile_out)
     shared = max(1, (config.num_stages + 1) // 2) * (pixels + tile_out) * step * item
-    per_sm = max(1, min(device.shared_bytes // max(shared, 1), 2048 // (32 * config.num_warps), 4))
-    steps = per_row * k / step * (1 if config.kernel == "hopper" else taps)
-    return Work(programs, flop, l2_bytes, steps, _stall(problem, config), per_sm, config.kernel == "hopper")
-
-
-def _stall(problem: Problem, config: Config) -> float:
-    """Waiting for loads: a pipeline of few stages, a ring of one buffer."""
-    if config.kernel != "hopper":
-        return 1.0 + 0.3 / max(config.num_stages - 2, 1)
-    if not isinstance(problem, Conv2dProblem) or not isinstance(config, Conv2dConfig):
-        return 1.0
-    tile = complete_tile(problem, config)
-    ring = 1.4 if tile.x_stages == 1 else 1.0
-    return ring * (COPIES if tile.copies else 1.0)
-
-
-def _halo_pixels(problem: Conv2dProblem, config: Conv2dConfig) -> float:
-    """Pixels that one tile loads a channel: the tile and its halo, in ``copies`` order once a kernel column."""
-    rows = config.tile_h + (problem.kernel_size[0] - 1) * problem.dilation[0]
-    if config.input_order == "copies":
-        return float(config.tile_n * rows * config.tile_w * problem.kernel_size[1])
-    return float(config.tile_n * rows * (config.tile_w + (problem.kernel_size[1] - 1) * problem.dilation[1]))
+    return Work(
+        programs=tiles * problem.block_rows * ceil_div(out, tile_out),
+        flop=2.0 * rows * pixels * channels * taps,
+        l2_bytes=l2_bytes,
+        steps=channels * taps / step,
+        stall=1.0 + 0.3 / max(config.num_stages - 2, 1),
+        per_sm=max(1, min(device.shared_bytes // shared, 2048 // (32 * config.num_warps), 4)),
+        persistent=False,
+    )
 
 
 def rank(problem: Problem, device: DeviceInfo, configs: list[Config]) -> list[Config]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tetris.autotune.device import device_info
 from tetris.autotune.problems import LayerInput, SparseLayer, problem_of
+from tetris.autotune.space import is_valid
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import Timing, time_us
 from tetris.importance import channel_importance, importance_of
@@ -141,8 +142,10 @@ class LayerTimer:
         else:
             layer = BlockSparseConv2d.from_dense(dense, reordering, input_permutation=None, output_permutation=None)
         if self.store is not None and layer.values.is_cuda:
-            match = self.store.lookup(problem_of(layer, x), device_info(layer.values.device))
-            layer.config = match.config.to_key() if match else ""
+            problem, gpu = problem_of(layer, x), device_info(layer.values.device)
+            match = self.store.lookup(problem, gpu)
+            if match and is_valid(problem, gpu, match.config):
+                layer.config = match.config.to_key()
         return layer
 
     def _time(self, runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from tetris.autotune.problems import Problem
 from tetris.kernels.configs import (
@@ -18,9 +19,9 @@ from tetris.kernels.configs import (
     DeviceInfo,
     LinearConfig,
     LinearProblem,
-    default_conv2d_config,
     padded_block,
 )
+from tetris.kernels.conv2d_paths import choose_conv2d_config
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_refuses
 from tetris.kernels.hopper.linear import supports as hopper_linear_refuses
 from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config
@@ -36,18 +37,21 @@ WASTE = 1.5
 """A tile whose padding computes more than this multiple of the best tile's pixels is not worth a measurement."""
 
 
-def default_config(problem: Problem, device: DeviceInfo) -> Config:
+def default_config(problem: Problem, device: DeviceInfo, max_pool: bool = False) -> Config:
     """What runs where nothing is tuned."""
     if isinstance(problem, Conv2dProblem):
-        return default_conv2d_config(problem, device)
+        return choose_conv2d_config(problem, device, max_pool=max_pool, allow_tf32=False)
     return choose_linear_config(problem, device)
 
 
-def config_space(problem: Problem, device: DeviceInfo) -> list[Config]:
-    """All configurations worth considering, without repetitions, the analytic default first."""
-    found: list[Config] = [default_config(problem, device)]
+def config_space(problem: Problem, device: DeviceInfo, max_pool: bool = False) -> list[Config]:
+    """All configurations worth considering, without repetitions, the analytic default first.
+
+    ``max_pool``: a 2x2 max-pool follows the convolution; Hopper tiles that cannot pool in registers are left out.
+    """
+    found: list[Config] = [default_config(problem, device, max_pool)]
     if isinstance(problem, Conv2dProblem):
-        found += [*_portable_conv2d(problem, device), *_hopper_conv2d(problem, device)]
+        found += [*_portable_conv2d(problem, device), *_hopper_conv2d(problem, device, max_pool)]
     else:
         found += [
             *_portable_linear(problem, device),
@@ -57,11 +61,11 @@ def config_space(problem: Problem, device: DeviceInfo) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def is_valid(problem: Problem, device: DeviceInfo, config: Config) -> bool:
+def is_valid(problem: Problem, device: DeviceInfo, config: Config, max_pool: bool = False) -> bool:
     """Whether a configuration (of a neighbouring problem, say) can run this problem on this device."""
     if config.kernel == "hopper":
         if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig):
-            return hopper_conv2d_refuses(problem, device, config) is None
+            return hopper_conv2d_refuses(problem, device, config, max_pool=max_pool) is None
         if isinstance(problem, LinearProblem) and isinstance(config, LinearConfig):
             return hopper_linear_refuses(problem, device, config) is None
         return False
@@ -125,8 +129,9 @@ def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Con
             )  # fmt: skip
 
 
-def _hopper_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Conv2dConfig]:
-    if hopper_conv2d_refuses(problem, device) is not None:
+def _hopper_conv2d(problem: Conv2dProblem, device: DeviceInfo, max_pool: bool) -> Iterator[Conv2dConfig]:
+    refuses = partial(hopper_conv2d_refuses, problem, device, max_pool=max_pool)
+    if refuses() is not None:
         return
     height, width = problem.output_size
     for order, k, n, w in itertools.product(("images", "copies"), _steps(problem), _powers(1, 64), _powers(1, 32)):

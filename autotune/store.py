@@ -36,7 +36,10 @@ FAR = 2.0
 
 @dataclass(frozen=True)
 class Entry:
-    """One tuned choice: the best of ``tried`` configurations and what the analytic default took in the same run."""
+    """One tuned choice: the best of ``tried`` configurations and what the analytic default took in the same run.
+
+    ``max_pool``: measured with the 2x2 max-pool that follows the convolution.
+    """
 
     device: str
     capability: tuple[int, int]
@@ -46,11 +49,12 @@ class Entry:
     time_us: float
     default_us: float = math.nan
     tried: int = 0
+    max_pool: bool = False
 
     @property
     def key(self) -> str:
         """Identity in the store."""
-        return "|".join([self.device, self.triton, problem_key(self.problem)])
+        return "|".join([self.device, self.triton, problem_key(self.problem, self.max_pool)])
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -58,7 +62,8 @@ class Entry:
         numbers = {"time_us": round(self.time_us, 3), "tried": self.tried}
         if not math.isnan(self.default_us):
             numbers["default_us"] = round(self.default_us, 3)
-        where = {"op": op, "device": self.device, "capability": list(self.capability), "triton": self.triton}
+        where: dict[str, Any] = {"op": op, "device": self.device, "capability": list(self.capability), "triton": self.triton}
+        where |= {"max_pool": True} if self.max_pool else {}
         return where | {"problem": asdict(self.problem), "config": asdict(self.config)} | numbers
 
     @staticmethod
@@ -76,6 +81,7 @@ class Entry:
                 float(data["time_us"]),
                 float(data.get("default_us", math.nan)),
                 int(data.get("tried", 0)),
+                bool(data.get("max_pool", False)),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FileFormatError(f"{source}: wanted a tuned choice; got {data!r} ({error!r})") from error
@@ -88,9 +94,11 @@ def _build(kind: Any, data: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
-def problem_key(problem: Problem) -> str:
+def problem_key(problem: Problem, max_pool: bool = False) -> str:
     """A problem as one text: the same for equal problems only."""
-    return f"{type(problem).__name__}{json.dumps(asdict(problem), separators=(',', ':'))}"
+    return (
+        f"{type(problem).__name__}{json.dumps(asdict(problem), separators=(',', ':'))}{' pooled' if max_pool else ''}"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Match:
         return self.entry.config
 
 
-def distance(entry: Entry, problem: Problem, device: DeviceInfo) -> float:
+def distance(entry: Entry, problem: Problem, device: DeviceInfo, max_pool: bool = False) -> float:
     """How far an entry's problem and machine are from the wanted ones; infinite where a choice cannot carry over.
 
     Sizes count by the binary logarithm of their ratio: twice the channels is 1 away. The image's size counts half as
@@ -113,7 +121,7 @@ def distance(entry: Entry, problem: Problem, device: DeviceInfo) -> float:
     architecture is .5 away each.
     """
     mine = entry.problem
-    if type(mine) is not type(problem) or entry.capability != device.capability:
+    if type(mine) is not type(problem) or entry.capability != device.capability or entry.max_pool != max_pool:
         return math.inf
     if mine.dtype != problem.dtype or mine.block != problem.block:
         return math.inf
@@ -203,11 +211,13 @@ class TuningStore:
         """All of them; the user's hide the package's of the same key."""
         return list((self.shipped | self.mine).values())
 
-    def lookup(self, problem: Problem, device: DeviceInfo, farthest: float = FAR) -> Match | None:
+    def lookup(
+        self, problem: Problem, device: DeviceInfo, farthest: float = FAR, max_pool: bool = False
+    ) -> Match | None:
         """The exact or the nearest entry within ``farthest``; None if there is none: use the analytic default."""
         entries = self.entries()
-        found = min(entries, key=lambda entry: distance(entry, problem, device), default=None)
-        if found is None or (gap := distance(found, problem, device)) > farthest:
+        found = min(entries, key=lambda entry: distance(entry, problem, device, max_pool), default=None)
+        if found is None or (gap := distance(found, problem, device, max_pool)) > farthest:
             return None
         return Match(found, gap)
 

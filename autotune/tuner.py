@@ -57,7 +57,7 @@ class Tuning:
 
         rows = []
         for entry in self.entries:
-            key = problem_key(entry.problem)
+            key = problem_key(entry.problem, entry.max_pool)
             gain = entry.default_us / entry.time_us
             state = "known" if key in self.reused else f"{entry.tried} tried"
             names = self.layers.get(key, [])
@@ -85,6 +85,17 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseConv2d | BlockSparseLinear)}
 
 
+def pools(layer: SparseLayer) -> bool:
+    """Whether the layer's result is max-pooled."""
+    return isinstance(layer, BlockSparseConv2d) and layer.max_pool
+
+
+def use_config(layer: SparseLayer, key: str) -> None:
+    """Give a layer a configuration; launches prepared with another one are forgotten."""
+    layer.config = key
+    layer._launches.clear()
+
+
 def apply_tuned(model: nn.Module, example_inputs: ExampleInputs, store: TuningStore | None = None) -> dict[str, float]:
     """Give every layer of a converted model its stored configuration for these inputs; measures nothing.
 
@@ -97,10 +108,10 @@ def apply_tuned(model: nn.Module, example_inputs: ExampleInputs, store: TuningSt
     for name, x in capture_inputs(model, example_inputs, layers).items():
         if x.device.type != "cuda":
             continue
-        problem, device = problem_of(layers[name], x), device_info(x.device)
-        match = store.lookup(problem, device)
-        if match and is_valid(problem, device, match.config):
-            layers[name].config = match.config.to_key()
+        problem, device, pooled = problem_of(layers[name], x), device_info(x.device), pools(layers[name])
+        match = store.lookup(problem, device, max_pool=pooled)
+        if match and is_valid(problem, device, match.config, pooled):
+            use_config(layers[name], match.config.to_key())
             found[name] = match.distance
     return found
 
@@ -144,33 +155,38 @@ def tune_model(
     problems: dict[str, tuple[str, Problem]] = {}
     for name, x in inputs.items():
         problem = problem_of(layers[name], x)
-        problems.setdefault(problem_key(problem), (name, problem))
-        tuning.layers.setdefault(problem_key(problem), []).append(name)
+        key = problem_key(problem, pools(layers[name]))
+        problems.setdefault(key, (name, problem))
+        tuning.layers.setdefault(key, []).append(name)
     rank_, world = share
     dealt = list(problems.items()) if world == 1 else sorted(problems.items(), key=lambda item: -flop(item[1][1]))
     mine = dealt[rank_::world]
     for done, (key, (name, problem)) in enumerate(mine):
         if progress:
             progress(name, done, len(mine))
-        device = device_info(inputs[name].device)
-        match = store.lookup(problem, device)
-        if match and match.distance == 0 and not again:
+        device, pooled = device_info(inputs[name].device), pools(layers[name])
+        match = store.lookup(problem, device, farthest=0, max_pool=pooled)
+        if match and not again:
             tuning.reused.add(key)
             tuning.entries.append(match.entry)
         else:
             bench = _Bench(layers[name], inputs[name], problem, tuning.failures)
-            entry = tune_problem(problem, device, bench, budget)
+            entry = tune_problem(problem, device, bench, budget, pooled)
             store.put([entry])
             tuning.entries.append(entry)
         for layer in tuning.layers[key]:
-            layers[layer].config = tuning.entries[-1].config.to_key()
+            use_config(layers[layer], tuning.entries[-1].config.to_key())
     if progress and mine:
         progress(mine[-1][1][0], len(mine), len(mine))
     return tuning
 
 
 def tune_problem(
-    problem: Problem, device: DeviceInfo, measure: Callable[[Sequence[Config], int], dict[Config, float]], budget: int
+    problem: Problem,
+    device: DeviceInfo,
+    measure: Callable[[Sequence[Config], int], dict[Config, float]],
+    budget: int,
+    max_pool: bool = False,
 ) -> Entry:
     """Search one problem: ranked proposals, a few measurements of each, then the finalists against the default.
 
@@ -179,8 +195,8 @@ def tune_problem(
     Raises:
         TetrisError: not even the default runs.
     """
-    default = default_config(problem, device)
-    ranked = rank(problem, device, config_space(problem, device))
+    default = default_config(problem, device, max_pool)
+    ranked = rank(problem, device, config_space(problem, device, max_pool))
     ranked = [default, *(config for config in ranked if config != default)]
     found = search(ranked, lambda configs: measure(configs, 7), budget)
     leaders = sorted(found.measured, key=lambda config: found.measured[config])[:3]
@@ -197,6 +213,7 @@ def tune_problem(
         final[best],
         final[default],
         len(found.measured),
+        max_pool,
     )
 
 

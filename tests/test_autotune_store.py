@@ -172,3 +172,10 @@ def test_a_killed_writer_leaves_a_whole_file_and_no_lock(tmp_path: Path) -> None
     store = TuningStore(tmp_path, tables=tmp_path / "none")
     store.put([entry()])
     assert len(store.mine) == len(survived) + 1
+
+
+def test_pooled_choices_are_apart(store: TuningStore) -> None:
+    store.put([entry(time_us=5.0), entry(time_us=7.0, max_pool=True)])
+    again = TuningStore(store.folder, store.tables)
+    assert again.lookup(CONV, H200).entry.time_us == 5.0
+    assert again.lookup(CONV, H200, max_pool=True).entry == entry(time_us=7.0, max_pool=True)
