@@ -47,7 +47,7 @@ class ReorderedBlocks:
     @staticmethod
     def of(weight: torch.Tensor, importance: str, reordering: Reordering) -> ReorderedBlocks:
         """From a weight and its reordering."""
-        scores = channel_importance(importance_of(weight, importance))
+        scores = channel_importance(importance_of(weight.detach(), importance))
         return ReorderedBlocks(reordering, block_sums(apply(scores, reordering.permutations), reordering.block).cpu())
 
     def _cumulative(self) -> torch.Tensor:

@@ -129,7 +129,7 @@ def _measured(
     found = LayerPlan(name, kind, tuple(layer.weight.shape))
     if x is None:
         return replace(found, reason="dense: the example inputs do not reach it")
-    importance = float(importance_of(layer.weight, timer.importance).sum(dtype=torch.float64))
+    importance = float(importance_of(layer.weight.detach(), timer.importance).sum(dtype=torch.float64))
     found = replace(found, input_shape=x.shape, importance=importance)
     if not sparsities:
         return replace(found, reason="dense: no sparsity was asked for it")
