@@ -87,7 +87,7 @@ def play_tournament(
     players: torch.Tensor,
     first_turn: int,
     turns: int,
-    epsilon: float | torch.Tensor,
+    epsilon: float,
     capacity: int,
     programs: int,
 ) -> torch.Tensor:
@@ -109,7 +109,7 @@ def play_tournament(
     """
     R = values.shape[1]
     counts = torch.zeros(2, dtype=torch.int32, device=values.device)
-    limit = torch.as_tensor(epsilon, dtype=values.dtype, device=values.device)
+    limit = torch.full((1,), epsilon, dtype=values.dtype, device=values.device)
     tile = next_power_of_two(capacity)
     n_even = R + R % 2
     programs = max(1, min(programs, n_even // 2))

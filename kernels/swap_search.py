@@ -291,7 +291,7 @@ def swap_search(
         torch.zeros(1, dtype=torch.int32, device=device),
         swaps,
         trace,
-        torch.as_tensor(epsilon, dtype=values.dtype, device=device),
+        torch.full((1,), epsilon, dtype=values.dtype, device=device),
         len(trace),
         n,
         R,

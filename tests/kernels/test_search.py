@@ -87,3 +87,19 @@ def test_tournament_matches_the_compiled_loops(n, edge, high, device):
     tables = [t.to(device, torch.int32) for t in (partition.offsets, players)]
     made = play_tournament(values.to(device), order, *tables, 3, 5, 0.0, capacity=edge, programs=100 if HAS_GPU else 1)
     assert int(made) == swaps and torch.equal(order.cpu().long(), partition.order)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_keep", "temperature"), [((7, 9), 20, 0.5), ((3, 4), 12, 0.04), ((20, 30), 100, 0.1)]
+)
+def test_soft_mask_keeps_as_much_as_asked(shape, n_keep, temperature, device):
+    from tetris.kernels import soft_mask as kernels
+    from tetris.search.annealing import NOISE, soft_mask
+
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.rand(shape, generator=generator) * 5
+    noise = torch.randn(shape, generator=generator)
+    still = kernels.soft_mask(sums.to(device), torch.zeros_like(noise).to(device), n_keep, temperature, 1.0)
+    assert float(still.sum()) == pytest.approx(n_keep, rel=1e-3)
+    noisy = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, temperature, NOISE * temperature)
+    assert torch.allclose(noisy.cpu(), soft_mask(sums, n_keep, temperature, noise), rtol=1e-3, atol=1e-4)

@@ -98,7 +98,7 @@ def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     anneal(
         system, keys, options.steps, options.seed, WARM if warm else HOTTEST, not warm, options.budget, options.progress
     )
-    swaps += alternate(system, keys, greedy, options.budget)
+    swaps += alternate(system, keys, solve_exactly, options.budget)
     if system.expectation()[1] < paper_kept:
         system.restore(paper_orders)
     return Outcome(swaps)

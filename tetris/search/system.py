@@ -133,17 +133,19 @@ class System:
         """Kept importance as a fraction of the total; 1.0 when everything is zero."""
         return kept / self.total if self.total > 0 else 1.0
 
-    def values(self, key: Key, masks: list[torch.Tensor]) -> torch.Tensor:
+    def values(self, key: Key, masks: list[torch.Tensor], exact: bool = True) -> torch.Tensor:
         """[units, groups]: importance that every slice of ``key`` keeps in every group, under soft or hard masks.
 
-        The compressed form of eq. 9; the values of all problems that share the key add.
+        The compressed form of eq. 9; the values of all problems that share the key add. ``exact=False`` lets a GPU
+        multiply in float32 or TF32, as torch is set.
         """
         starts = self.partitions[key].offsets[:-1]
         total: torch.Tensor | None = None
         for index, dim in self.uses(key):
             problem, sums = self.problems[index], self.sums(index, dim)
             mask = masks[index].to(sums.dtype)
-            kept = product(sums, mask.T if dim == 0 else mask)
+            mask = mask.T if dim == 0 else mask
+            kept = product(sums, mask) if exact else sums @ mask
             blocks = problem.blocks_of_unit(dim)[starts]
             if problem.repeats[dim] == 1 and len(starts) == kept.shape[1]:
                 value = kept

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tetris.permutation import identity
+from tetris.search.batched import batched
 from tetris.search.partition import Partition
 
 _MAX_SWEEPS = 4
@@ -57,8 +58,12 @@ def optimality_gap(values: torch.Tensor, labels: torch.Tensor, prices: torch.Ten
 
 
 def exact(values: torch.Tensor, partition: Partition) -> int:
-    """Assign slices to groups optimally; ``partition.order`` changes in place. Returns the number of moves."""
-    return solve(values, partition)[0]
+    """Assign slices to groups optimally; ``partition.order`` changes in place. Returns the number of moves.
+
+    On a GPU the pairs are split there and the values (not the weight) come to the CPU for the cycles.
+    """
+    moves = batched(values, partition) if values.is_cuda else 0
+    return moves + solve(values, partition)[0]
 
 
 def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor]:

@@ -1,0 +1,175 @@
+"""Searches for permutations: what they retain and how long they take.
+
+Share of the gap = (retained - retained without reordering) / (element-wise top-k - retained without reordering), at the
+same kept fraction; gain = that share / the paper's method's. Times are wall-clock times of the search on a weight that
+is already on the device, after a first run that compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+
+from tetris.autotune.device import device_name, versions
+from tetris.bench.reorder_cases import ReorderCase, quality_cases, vgg16_weights
+from tetris.bench.report import geometric_mean
+from tetris.bench.rows import Row
+from tetris.importance import channel_importance
+from tetris.pruning import keep_largest
+from tetris.reordering import Reordering, reorder
+
+METHODS: tuple[tuple[str, str, int], ...] = (
+    ("none", "none", 1),
+    ("sort", "sort", 1),
+    ("paper", "paper", 1),
+    ("batched", "batched", 1),
+    ("exact", "exact", 1),
+    ("annealed 60", "annealed", 60),
+    ("annealed 500", "annealed", 500),
+)
+"""(provider, method, steps)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--seeds", type=int, default=3, help="random matrices of every kind")
+    parser.add_argument("--part", choices=("all", "quality", "vgg16"), default="all", help="what to measure")
+    parser.add_argument("--limit", type=int, help="measure every n-th case only, so that at most this many are left")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Quality over the suite, then speed over VGG16."""
+    rows: list[Row] = []
+    if args.part in ("all", "quality"):
+        cases = quality_cases(args.device, args.seeds, args.quick)
+        step = -(-len(cases) // args.limit) if args.limit else 1
+        for case in cases[::step]:
+            rows += measure_quality(case, args.device, args.quick)
+    if args.part in ("all", "vgg16") and not args.quick:
+        for sigma in (0.0, 0.6):
+            rows += measure_vgg16(sigma, args.device)
+    return rows
+
+
+def retained_by_elements(case: ReorderCase, kept_fraction: float) -> float:
+    """The most that any mask with this kept fraction retains: the largest (out, in) pairs, taps together."""
+    matrix = channel_importance(case.weight.abs().float())
+    mask = keep_largest(matrix, round(kept_fraction * matrix.numel()))
+    return float(matrix[mask].sum(dtype=torch.float64) / matrix.sum(dtype=torch.float64))
+
+
+def measure_quality(case: ReorderCase, device: str, quick: bool) -> list[Row]:
+    """One row a method."""
+    weight = case.weight.to(device)
+    found: dict[str, Reordering] = {}
+    for provider, method, steps in METHODS:
+        found[provider] = reorder(
+            weight, case.block, case.sparsity, method, seed=case.seed, steps=min(steps, 10) if quick else steps
+        )
+    base, paper = found["none"].retained, found["paper"].retained
+    ceiling = retained_by_elements(case, found["none"].kept_fraction)
+    return [
+        Row(
+            bench="reorder",
+            case=case.name,
+            provider=provider,
+            median_us=r.seconds * 1e6,
+            speedup=found["paper"].seconds / r.seconds,
+            device=device_name(device),
+            versions=versions(),
+            extra={
+                "matrix": case.matrix,
+                "shape": "x".join(map(str, case.weight.shape)),
+                "block_out": case.block[0],
+                "block_in": case.block[1],
+                "sparsity": case.sparsity,
+                "seed": case.seed,
+                "retained": r.retained,
+                "elementwise": ceiling,
+                "share_of_gap": (r.retained - base) / (ceiling - base) if ceiling > base else math.nan,
+                "gain": (r.retained - base) / (paper - base) if paper > base else math.nan,
+                "planted": "" if case.ceiling is None else int(r.retained >= case.ceiling - 1e-6),
+                "swaps": r.n_swaps,
+            },
+        )
+        for provider, r in found.items()
+    ]
+
+
+def measure_vgg16(sigma: float, device: str) -> list[Row]:
+    """Search times of VGG16's layers and their sum, 32x32 blocks, the paper's rates; peak memory beyond the weight."""
+    kind = "gaussian" if sigma == 0 else f"lognormal {sigma:g}"
+    layers = [(name, weight.to(device), sparsity) for name, weight, sparsity in vgg16_weights(sigma)]
+    rows = []
+    wanted = [m for m in METHODS if m[0] != "none"]
+    if device == "cpu":  # annealing all of VGG16 is the GPU's business
+        wanted = [m for m in wanted if m[1] in ("sort", "paper", "batched")]
+    for provider, method, steps in wanted:
+        seconds, swaps = 0.0, 0
+        for name, weight, sparsity in layers:
+            reorder(weight, 32, sparsity, method, steps=min(steps, 2)) if weight.is_cuda else None
+            peak = _reset_peak(weight)
+            r = reorder(weight, 32, sparsity, method, steps=steps)
+            seconds, swaps = seconds + r.seconds, swaps + r.n_swaps
+            extra = {"matrix": kind, "retained": r.retained, "swaps": r.n_swaps, "megabytes": _peak_since(weight, peak)}
+            rows.append(_vgg_row(f"VGG16 {name} {kind}", provider, r.seconds, device, extra))
+        extra = {"matrix": kind, "swaps": swaps}
+        rows.append(_vgg_row(f"VGG16 all {kind}", provider, seconds, device, extra))
+    return rows
+
+
+def _vgg_row(case: str, provider: str, seconds: float, device: str, extra: dict) -> Row:
+    common = {"block_out": 32, "block_in": 32}
+    return Row(
+        "reorder",
+        case,
+        provider,
+        median_us=seconds * 1e6,
+        device=device_name(device),
+        versions=versions(),
+        extra={**common, **extra},
+    )
+
+
+def _reset_peak(weight: torch.Tensor) -> int:
+    if not weight.is_cuda:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _peak_since(weight: torch.Tensor, before: int) -> float:
+    """Megabytes at the peak beyond what was there, |W| and the answer's mask not counted; NaN on a CPU."""
+    if not weight.is_cuda:
+        return math.nan
+    return (torch.cuda.max_memory_allocated() - before - 5 * weight.numel()) / 1e6
+
+
+def show(rows: list[Row]) -> str:
+    """Geometric means of the gain by kind of matrix, planted recoveries, and VGG16's times."""
+    from tabulate import tabulate
+
+    kinds = list(dict.fromkeys(row.extra["matrix"] for row in rows if "gain" in row.extra))
+    groups = {kind: [kind] for kind in kinds if kind != "planted"}
+    groups["trained"] = [kind for kind in kinds if kind.startswith(("lenet", "vgg"))]
+    groups["all"] = kinds
+    lines = []
+    for provider, _, _ in METHODS:
+        mine = [row for row in rows if row.provider == provider and "gain" in row.extra]
+        if not mine:
+            continue
+        gains = {g: [row.extra["gain"] for row in mine if row.extra["matrix"] in kinds] for g, kinds in groups.items()}
+        planted = [int(row.extra["planted"]) for row in mine if row.extra["planted"] != ""]
+        worst = min((g for g in gains["all"] if not math.isnan(g)), default=math.nan)
+        share = [row.extra["share_of_gap"] for row in mine if not math.isnan(row.extra["share_of_gap"])]
+        milliseconds = geometric_mean([row.median_us / 1e3 for row in mine])
+        line = [provider, f"{sum(share) / len(share):.3f}", *(f"{geometric_mean(g):.3f}" for g in gains.values())]
+        lines.append([*line, f"{worst:.3f}", f"{sum(planted)}/{len(planted)}", f"{milliseconds:.1f}"])
+    head = ["method", "share of gap", *(f"gain {group}" for group in groups), "worst gain", "planted", "ms"]
+    text = tabulate(lines, headers=head, disable_numparse=True)
+    totals = [row for row in rows if row.case.startswith(("VGG16 all", "VGG16 fc6"))]
+    times = [[row.case, row.provider, f"{row.median_us / 1e3:.1f}", row.extra["swaps"]] for row in totals]
+    return text + ("\n\n" + tabulate(times, headers=["case", "method", "ms", "swaps"]) if times else "")

@@ -1,0 +1,77 @@
+"""Weights, blocks and sparsities on which the searches are compared; all deterministic by seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tetris.bench.cases import VGG16_CONVS, VGG16_LINEARS, scaled_weight
+from tetris.bench.trained import trained_weights
+
+SQUARE = ((16, 16), (32, 32), (64, 64))
+RECTANGULAR = ((64, 16), (64, 32), (128, 32))
+SPARSITIES = (0.5, 0.73, 0.9)
+CONTRAST = 0.7
+"""Of planted blocks: everything outside them is multiplied by 1 - CONTRAST."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReorderCase:
+    """One weight under one block and sparsity. ``ceiling``: what the planted blocks retain; None where none are."""
+
+    matrix: str
+    weight: torch.Tensor
+    block: tuple[int, int]
+    sparsity: float
+    seed: int
+    ceiling: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.matrix} {self.block[0]}x{self.block[1]} {self.sparsity:g} #{self.seed}"
+
+
+def gaussian(size: int, seed: int) -> torch.Tensor:
+    """Independent normal entries: the least structure there is."""
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def planted(size: int, block: tuple[int, int], sparsity: float, seed: int) -> tuple[torch.Tensor, float]:
+    """A shuffled matrix with heavy blocks on a grid, and the retained fraction of exactly these blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = size // block[0], size // block[1]
+    heavy = torch.zeros(rows * columns, dtype=torch.bool)
+    heavy[torch.randperm(rows * columns, generator=generator)[: round(rows * columns * (1 - sparsity))]] = True
+    mask = heavy.view(rows, columns).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = torch.randn(size, size, generator=generator).abs() * torch.where(mask, 1.0, 1 - CONTRAST)
+    row_order, column_order = (torch.randperm(size, generator=generator) for _ in range(2))
+    return weight[row_order][:, column_order].contiguous(), float(weight[mask].sum() / weight.sum())
+
+
+def quality_cases(device: str, seeds: int, quick: bool) -> list[ReorderCase]:
+    """Random, planted and trained weights x blocks x sparsities."""
+    size = 128 if quick else 512
+    blocks = ((16, 16), (32, 16)) if quick else SQUARE + RECTANGULAR
+    sparsities = (0.73,) if quick else SPARSITIES
+    trained = trained_weights(device, quick=quick)
+    cases = []
+    for block in blocks:
+        for sparsity in sparsities:
+            for seed in range(seeds):
+                cases.append(ReorderCase("gaussian", gaussian(size, seed), block, sparsity, seed))
+                heavy = scaled_weight((size, size), 1.0, seed)
+                cases.append(ReorderCase("heavy-tailed", heavy, block, sparsity, seed))
+            cases += [ReorderCase(name, weight, block, sparsity, 0) for name, weight in trained.items()]
+    for seed in range(2 if quick else 10):
+        block = (16, 16) if quick else (32, 32)
+        weight, ceiling = planted(size, block, 0.73, seed)
+        cases.append(ReorderCase("planted", weight, block, 0.73, seed, ceiling))
+    return cases
+
+
+def vgg16_weights(sigma: float) -> list[tuple[str, torch.Tensor, float]]:
+    """(layer, weight, sparsity) of VGG16's 16 layers at the paper's rates; ``sigma`` as in :func:`scaled_weight`."""
+    shapes = [(c.name, (c.c_out, c.c_in, 3, 3), c.kept) for c in VGG16_CONVS]
+    shapes += [(c.name, (c.out_features, c.in_features), c.kept) for c in VGG16_LINEARS]
+    return [(name, scaled_weight(shape, sigma, seed), 1 - kept) for seed, (name, shape, kept) in enumerate(shapes)]
