@@ -119,7 +119,10 @@ def test_an_interrupted_demo_keeps_what_it_needs_to_go_on(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         run_demo(tmp_path, settings, device="cpu")
     assert [path.name for path in tmp_path.iterdir()] == [RESUME_FOLDER], "no half-written results"
-    assert (tmp_path / RESUME_FOLDER / "dense.pt").exists()
+    assert [path.name for path in (tmp_path / RESUME_FOLDER).glob("*/*")] == ["dense.pt"]
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, replace(settings, seed=7), device="cpu")
+    assert len(list((tmp_path / RESUME_FOLDER).glob("*/dense.pt"))) == 2, "another seed does not meet its checkpoint"
 
 
 def test_a_corrupt_store_is_an_error(tmp_path: Path) -> None:

@@ -172,11 +172,16 @@ def run_grid(
     dense: nn.Module, data: Dataset, settings: Settings, folder: Path, on_step: OnStep | None = None
 ) -> Iterator[Result]:
     """Every variant's result, in the grid's order; each is kept in ``folder`` as soon as it is there."""
-    store = ResultStore(folder / "results.json", f"{settings} {data.describe()} {data.train_images.device}")
+    store = ResultStore(folder / "results.json", fingerprint(data, settings))
     for variant in settings.variants():
         if variant.key not in store.results:
             store.add(run_variant(dense, data, variant, settings, folder / f"{variant.key}.pt", on_step))
         yield store.results[variant.key]
+
+
+def fingerprint(data: Dataset, settings: Settings) -> str:
+    """What must agree for results and checkpoints to be carried from one run to the next."""
+    return f"{settings} {data.describe()} {data.train_images.device}"
 
 
 class ResultStore:

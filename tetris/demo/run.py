@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from tetris.autotune.device import device_name, versions
 from tetris.bench.rows import Row, write_csv
 from tetris.demo import pictures, report
 from tetris.demo.datasets import Dataset, load_dataset
-from tetris.demo.experiment import Result, Settings, run_grid, trained_lenet
+from tetris.demo.experiment import Result, Settings, fingerprint, run_grid, trained_lenet
 from tetris.demo.training import OnStep, accuracy
 from tetris.files import atomic_file, write_text
 
 RESUME_FOLDER = ".resume"
-"""Inside the output folder: checkpoints and finished variants of a run that has not ended; removed when it has."""
+"""Inside the output folder: checkpoints and finished variants of runs that have not ended, a folder for every choice of
+settings, data and device; removed at the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def run_demo(
     console = console or Console(quiet=True)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = load_dataset(dataset, data_directory).to(place)
-    resume = out / RESUME_FOLDER
+    resume = out / RESUME_FOLDER / hashlib.sha256(fingerprint(data, settings).encode()).hexdigest()[:12]
     if resume.exists():
         console.print(f"going on with the interrupted run in {resume}")
     resume.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def run_demo(
         settings=settings,
     )
     report_path = _write(out, dense, data, results, summary)
-    shutil.rmtree(resume)
+    shutil.rmtree(out / RESUME_FOLDER)
     console.print(result_table(results, summary))
     for note in report.notes(summary):
         console.print(f"[dim]- {note}[/dim]", highlight=False)
