@@ -197,7 +197,7 @@ def conv2d_output_size(
 
 def next_power_of_two(n: int, at_least: int = 1) -> int:
     """The smallest power of two >= n and >= at_least."""
-    return max(at_least, 1 << (n - 1).bit_length())
+    return max(at_least, 1 << max(0, n - 1).bit_length())
 
 
 def is_power_of_two_tile(size: int) -> bool:
@@ -229,13 +229,16 @@ def pixel_tile(batch: int, height: int, width: int, pixels: int) -> tuple[int, i
     return min(boxes, key=waste)
 
 
-def _block_tile(block: tuple[int, int], item: int, descriptors: bool) -> tuple[int, int]:
+def _block_tile(block: tuple[int, int], row_inputs: float, item: int, descriptors: bool) -> tuple[int, int]:
     """(tile_out, tile_k): at most 128 output channels and 128 bytes of inputs, the width of a swizzled row.
 
-    Without descriptors a step has at least 32 inputs: small blocks are joined until they fill it.
+    Without descriptors small blocks are joined until they fill a step, or until the ``row_inputs`` (taps x channels)
+    that a block row keeps on average are in it.
     """
     out, k = padded_block(block)
-    return min(out, 128), min(k if descriptors else max(k, 32), 128 // item)
+    if not descriptors:
+        k = max(k, next_power_of_two(round(row_inputs)))
+    return min(out, 128), min(k, 128 // item)
 
 
 def _largest_tile(pixels: int, rows: int, tile_out: int, item: int, descriptors: bool, device: DeviceInfo) -> int:
@@ -274,7 +277,8 @@ def default_conv2d_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dC
         and problem.c_in * item % 16 == 0
         and (problem.stride == (1, 1) or problem.taps == 1)
     )
-    tile_out, tile_k = _block_tile(problem.block, item, descriptors)
+    row_inputs = problem.n_blocks / problem.block_rows * problem.taps * problem.block[1]
+    tile_out, tile_k = _block_tile(problem.block, row_inputs, item, descriptors)
     height, width = problem.output_size
     pixels = problem.batch * height * width
     tile = _largest_tile(pixels, problem.block_rows, tile_out, item, descriptors, device)
@@ -299,7 +303,8 @@ def default_linear_config(problem: LinearProblem, device: DeviceInfo) -> LinearC
         and all(is_power_of_two_tile(size) for size in problem.block)
         and problem.in_features * item % 16 == 0
     )
-    tile_out, tile_k = _block_tile(problem.block, item, descriptors)
+    row_inputs = problem.n_blocks / problem.block_rows * problem.block[1]
+    tile_out, tile_k = _block_tile(problem.block, row_inputs, item, descriptors)
     tile = _largest_tile(problem.tokens, problem.block_rows, tile_out, item, descriptors, device)
     return LinearConfig(
         tile_tokens=tile,

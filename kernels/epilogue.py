@@ -62,9 +62,9 @@ def store_rows(
     """y[m, out] = activation(acc[out, m] + residual[m, out]) for rows of C_OUT channels, through the permutation.
 
     Masked element by element: nothing past a row's channels or the last row is touched. Wide tiles go in parts of at
-    most 64 rows, because addresses and residuals of a whole tile would not fit into the registers beside the sums.
+    most 32 rows, because addresses and residuals of a whole tile would not fit into the registers beside the sums.
     """
-    if acc.shape[1] > 64:
+    if acc.shape[1] > 32:
         acc_0, acc_1 = column_halves(acc)
         offs_0, offs_1 = halves(offs_m)
         mask_0, mask_1 = halves(mask_m.to(tl.int32))

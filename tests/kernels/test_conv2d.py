@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.support.moats import nan_outputs
-from tests.support.operands import ConvCase, conv2d_operands
+from tests.support.operands import ConvCase, conv2d_operands, conv2d_problem
 from tetris import reference
-from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, default_conv2d_config
+from tetris.autotune.device import device_info
+from tetris.kernels.configs import Conv2dConfig, default_conv2d_config
 from tetris.tolerances import relative_error, tolerance
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -49,16 +50,17 @@ CASES = [
 
 def check(
     case: ConvCase,
-    config: Conv2dConfig,
+    config: Conv2dConfig | None,
     dtype: torch.dtype,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     allow_tf32: bool = False,
 ) -> None:
-    """Runs it and compares; fails on NaN, on a store outside the output and on a wrong memory format."""
+    """Runs it, by the default config for None, and compares; fails on NaN, on a store outside the output and on a wrong memory format."""
     from tetris.kernels.conv2d import block_sparse_conv2d
 
     operands = conv2d_operands(case, dtype, device)
+    config = config or default_conv2d_config(conv2d_problem(case, operands), device_info())
     with nan_outputs(monkeypatch):
         y = block_sparse_conv2d(**operands, allow_tf32=allow_tf32, config=config)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
@@ -76,28 +78,6 @@ def test_matches_the_reference(case, config, device, monkeypatch):
 def test_half_precision(dtype, config, device, monkeypatch):
     case = ConvCase(c_out=72, c_in=40, extras=("bias", "residual", "output"), activation="gelu")
     check(case, config, dtype, device, monkeypatch)
-
-
-def default_config(case: ConvCase, dtype: torch.dtype) -> Conv2dConfig:
-    properties = torch.cuda.get_device_properties(0)
-    info = DeviceInfo(
-        properties.name, (properties.major, properties.minor), properties.multi_processor_count, "unknown"
-    )
-    problem = Conv2dProblem(
-        batch=case.batch,
-        c_in=case.c_in,
-        c_out=case.c_out,
-        height=case.height,
-        width=case.width,
-        kernel_size=case.kernel_size,
-        stride=case.stride,
-        padding=case.padding,
-        dilation=case.dilation,
-        block=case.block,
-        dtype=str(dtype).removeprefix("torch."),
-        n_blocks=1,
-    )
-    return default_conv2d_config(problem, info)
 
 
 BLOCKS = [(64, 64), (64, 32), (64, 16), (32, 32), (128, 64), (128, 32), (128, 128), (16, 16), (100, 40)]
@@ -134,11 +114,11 @@ def test_sweep_on_the_gpu(block, geometry, device, monkeypatch):
         **{"c_out": c_out, "c_in": c_in, "height": 14, "width": 13, "batch": (1, 5, 32)[turn // 3 % 3], **geometry},
     )
     dtype = getattr(torch, name)
-    check(case, default_config(case, dtype), dtype, device, monkeypatch, allow_tf32)
+    check(case, None, dtype, device, monkeypatch, allow_tf32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 256])
 def test_large_images_on_the_gpu(batch, device, monkeypatch):
     case = ConvCase(c_out=64, c_in=64, block=(64, 32), batch=batch, height=56, width=56, activation="relu")
-    check(case, default_config(case, torch.float16), torch.float16, device, monkeypatch)
+    check(case, None, torch.float16, device, monkeypatch)

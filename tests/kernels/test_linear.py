@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.support.moats import nan_outputs
-from tests.support.operands import LinearCase, linear_operands
+from tests.support.operands import LinearCase, linear_operands, linear_problem
 from tetris import reference
-from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, default_linear_config
+from tetris.autotune.device import device_info
+from tetris.kernels.configs import LinearConfig, default_linear_config
 from tetris.tolerances import relative_error, tolerance
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -42,16 +43,17 @@ CASES = [
 
 def check(
     case: LinearCase,
-    config: LinearConfig,
+    config: LinearConfig | None,
     dtype: torch.dtype,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     allow_tf32: bool = False,
 ) -> None:
-    """Runs it and compares; fails on NaN and on a store outside the output."""
+    """Runs it, by the default config for None, and compares; fails on NaN and on a store outside the output."""
     from tetris.kernels.linear import block_sparse_linear
 
     operands = linear_operands(case, dtype, device)
+    config = config or default_linear_config(linear_problem(case, operands), device_info())
     with nan_outputs(monkeypatch):
         y = block_sparse_linear(**operands, allow_tf32=allow_tf32, config=config)
     assert y.dtype == dtype and y.is_contiguous()
@@ -94,9 +96,4 @@ def test_sweep_on_the_gpu(block, tokens, device, monkeypatch):
         activation=("relu", "none", "silu", "gelu", "relu6")[turn % 5],
         extras=(("bias",), EVERYTHING, ("bias", "residual"), ())[turn // 2 % 4],
     )
-    properties = torch.cuda.get_device_properties(0)
-    info = DeviceInfo(
-        properties.name, (properties.major, properties.minor), properties.multi_processor_count, "unknown"
-    )
-    problem = LinearProblem(torch.Size(tokens).numel(), in_features, out_features, block, name, 1)
-    check(case, default_linear_config(problem, info), getattr(torch, name), device, monkeypatch, allow_tf32)
+    check(case, None, getattr(torch, name), device, monkeypatch, allow_tf32)

@@ -13,14 +13,15 @@ import torch
 import triton
 
 from tests.support.compiler import Compiled, compiling
-from tests.support.operands import ConvCase, LinearCase, conv2d_operands, linear_operands
-from tetris.kernels.configs import (
-    Conv2dProblem,
-    DeviceInfo,
-    LinearProblem,
-    default_conv2d_config,
-    default_linear_config,
+from tests.support.operands import (
+    ConvCase,
+    LinearCase,
+    conv2d_operands,
+    conv2d_problem,
+    linear_operands,
+    linear_problem,
 )
+from tetris.kernels.configs import DeviceInfo, default_conv2d_config, default_linear_config
 from tetris.kernels.conv2d import block_sparse_conv2d
 from tetris.kernels.linear import block_sparse_linear
 from tetris.kernels.permute import permute_channels
@@ -61,30 +62,16 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
     device, cpu = device_of(arch), torch.device("cpu")
     report: dict[str, list[Compiled]] = {}
     for name, (case, dtype) in CONVS.items():
-        problem = Conv2dProblem(
-            case.batch,
-            case.c_in,
-            case.c_out,
-            case.height,
-            case.width,
-            case.kernel_size,
-            case.stride,
-            case.padding,
-            case.dilation,
-            case.block,
-            dtype,
-            1,
-        )
         operands = conv2d_operands(case, getattr(torch, dtype), cpu)
         with compiling(arch) as results:
-            config = default_conv2d_config(problem, device)
+            config = default_conv2d_config(conv2d_problem(case, operands), device)
             block_sparse_conv2d(**operands, allow_tf32=dtype == "float32", config=config)
         report[f"conv2d {name}"] = results
     for name, (case, dtype) in LINEARS.items():
-        problem = LinearProblem(case.tokens[0], case.in_features, case.out_features, case.block, dtype, 1)
         operands = linear_operands(case, getattr(torch, dtype), cpu)
         with compiling(arch) as results:
-            block_sparse_linear(**operands, config=default_linear_config(problem, device))
+            config = default_linear_config(linear_problem(case, operands), device)
+            block_sparse_linear(**operands, config=config)
         report[f"linear {name}"] = results
     with compiling(arch) as results:
         for channels in (100, 20000):

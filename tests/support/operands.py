@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.support.moats import moated, moated_image
-from tetris.kernels.configs import conv2d_output_size
+from tetris.kernels.configs import Conv2dProblem, LinearProblem, conv2d_output_size
 from tetris.layout import BlockLayout, grid_shape
 from tetris.packing import pack
 
@@ -137,3 +137,18 @@ def linear_operands(case: LinearCase, dtype: torch.dtype, device: torch.device, 
         "activation": case.activation,
         **{name: value.to(device) for name, value in optional.items()},
     }
+
+
+def conv2d_problem(case: ConvCase, operands: dict) -> Conv2dProblem:
+    """What a config is chosen from."""
+    dtype = str(operands["values"].dtype).removeprefix("torch.")
+    geometry = (case.kernel_size, case.stride, case.padding, case.dilation)
+    sizes = (case.batch, case.c_in, case.c_out, case.height, case.width)
+    return Conv2dProblem(*sizes, *geometry, case.block, dtype, len(operands["values"]))
+
+
+def linear_problem(case: LinearCase, operands: dict) -> LinearProblem:
+    """What a config is chosen from."""
+    dtype = str(operands["values"].dtype).removeprefix("torch.")
+    tokens = torch.Size(case.tokens).numel()
+    return LinearProblem(tokens, case.in_features, case.out_features, case.block, dtype, len(operands["values"]))
