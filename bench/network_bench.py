@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=("none", "default", "max-autotune-no-cudagraphs"), default="default")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--save-plan", action="store_true", help="write the plans beside the CSV")
+    parser.add_argument("--plans", type=Path, help="folder of saved plans to use instead of measuring the layers again")
 
 
 def parse_blocks(text: str) -> tuple[Block, ...]:
@@ -95,11 +97,8 @@ class Session:
     @torch.no_grad()
     def rows(self) -> list[Row]:
         """Plan, prune, convert, check, time."""
-        blocks = parse_blocks(self.args.blocks)
-        chosen = plan(self.model, self.x, self.case.sparsity, blocks, self.args.method, repeats=self.args.repeats)
+        chosen = self.plan()
         print(f"\n{self.name}\n{chosen}", flush=True)
-        if self.args.save_plan:
-            chosen.save(self.args.out / "plans" / f"{self.case.name}_b{self.batch}.json")
         layers = self.layer_rows(chosen)
         if not chosen.blocks:
             return [*layers, Row("network", self.name, "tetris", status="skipped: the plan keeps every layer dense")]
@@ -113,6 +112,17 @@ class Session:
                 apply_tuned(fast, self.x)
         error = self.error_of(pruned, fast)
         return [*layers, *self.network_rows(fast, chosen, error)]
+
+    def plan(self) -> ModelPlan:
+        """The saved plan of this network and batch, or a new one."""
+        file = f"{self.case.name}_b{self.batch}.json"
+        if self.args.plans is not None:
+            return ModelPlan.load(self.args.plans / file)
+        blocks = parse_blocks(self.args.blocks)
+        made = plan(self.model, self.x, self.case.sparsity, blocks, self.args.method, repeats=self.args.repeats)
+        if self.args.save_plan:
+            made.save(self.args.out / "plans" / file)
+        return made
 
     def error_of(self, pruned: nn.Module, fast: nn.Module) -> float:
         """Relative error of the converted model against the masked one computed in float32."""
