@@ -9,9 +9,10 @@ from torch import nn
 from tetris.autotune.problems import LayerInput
 from tetris.bench.__main__ import bench_names, main, results_folder
 from tetris.bench.cases import VGG16_CONVS, VGG16_MODULES
-from tetris.bench.network_bench import dense_work, parse_blocks
+from tetris.bench.network_bench import dense_work, parse_blocks, with_folded_norms
 from tetris.bench.networks import NETWORKS, trained_like
 from tetris.bench.rows import read_csv
+from tetris.models import resnet18
 from tetris.plans import ModelPlan
 from tetris.specs import prunable_layers
 
@@ -68,3 +69,13 @@ def test_benches_are_found_by_their_files() -> None:
     assert "network" in bench_names() and results_folder("cpu").name == "cpu"
     with pytest.raises(SystemExit):
         main(["no-such-bench"])
+
+
+def test_the_baseline_has_its_batch_norms_folded() -> None:
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4, width=8).eval()
+    x = torch.randn(1, 3, 32, 32)
+    folded = with_folded_norms(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    assert with_folded_norms(folded) is folded
