@@ -207,7 +207,7 @@ def block_sparse_linear(
         TILE_OUT=tile_out,
         GROUP=0 if config.group_rows >= n_out_tiles else config.group_rows,
         ACTIVATION=activation,
-        PRECISION="tf32" if allow_tf32 else "ieee",
+        PRECISION="tf32" if allow_tf32 else config.precision,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )

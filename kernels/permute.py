@@ -2,8 +2,8 @@
 
 The last resort: a permutation is free when it is folded into the neighbouring layers' weights. Where it cannot be,
 rows of channels come in by scattered loads that hit the cache, or in order to be shuffled between lanes, and leave in
-order. On an H200 (fp16, 128 images): 64 channels @224 take .398 ms and 512 @28 .110 ms, where a copy takes .391 and
-.054 ms, and ``index_select`` along the contiguous dimension 2.82 and .355 ms.
+order. On an H200 (fp16, 128 images): 128 channels @112 take .201 ms, 256 @56 .143 and 512 @28 .071, where a copy takes
+.197, .100 and .052; ``index_select`` along the contiguous dimension takes .355 for the last.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton.language as tl
 from tetris.kernels.configs import next_power_of_two
 from tetris.layout import ceil_div
 
-SHUFFLED_CHANNELS = 128
+SHUFFLED_CHANNELS = 256
 """Widest rows that are shuffled between the lanes of a warp: the work grows with the square of the width (at 512
-channels scattered loads take .110 ms, shuffles .140 ms and half a minute of compilation)."""
+channels shuffles take twice the time of scattered loads, and half a minute of compilation)."""
 
-SHUFFLED_TILE_BYTES, SCATTERED_TILE_BYTES = 8192, 4096
+SHUFFLED_TILE_BYTES, SCATTERED_TILE_BYTES = 2048, 4096
+"""One warp a program, few rows: with 4 warps and 4 rows, 512 channels @28 take .110 ms instead of .071."""
 
 
 @triton.jit
@@ -38,17 +39,14 @@ def permute_rows_kernel(
 
 
 @triton.jit
-def gather_rows_kernel(
-    x_ptr, y_ptr, permutation_ptr, M, C, stride_xm, tiles_c, TILE_M: tl.constexpr, TILE_C: tl.constexpr
-):
-    """Scattered loads that hit the cache, coalesced stores. Grid: tiles of rows x tiles of channels."""
-    offs_m = (tl.program_id(0) // tiles_c).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+def gather_rows_kernel(x_ptr, y_ptr, permutation_ptr, C, stride_xm, tiles_c, TILE_C: tl.constexpr):
+    """Scattered loads that hit the cache, coalesced stores. Grid: rows x tiles of channels."""
+    row = (tl.program_id(0) // tiles_c).to(tl.int64)
     offs_c = (tl.program_id(0) % tiles_c) * TILE_C + tl.arange(0, TILE_C)
     mask_c = offs_c < C
-    mask = (offs_m < M)[:, None] & mask_c[None, :]
     source = tl.load(permutation_ptr + offs_c, mask=mask_c, other=0)
-    y = tl.load(x_ptr + offs_m[:, None] * stride_xm + source[None, :], mask=mask, other=0.0)
-    tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask)
+    y = tl.load(x_ptr + row * stride_xm + source, mask=mask_c, other=0.0)  # [TILE_C]
+    tl.store(y_ptr + row * C + offs_c, y, mask=mask_c)
 
 
 def permute_channels(x: torch.Tensor, permutation: torch.Tensor, *, dim: int) -> torch.Tensor:
@@ -74,15 +72,14 @@ def permute_channels(x: torch.Tensor, permutation: torch.Tensor, *, dim: int) ->
     if y.numel():
         item, tile_c = x.element_size(), next_power_of_two(channels)
         if channels <= SHUFFLED_CHANNELS:
-            tile_m = SHUFFLED_TILE_BYTES // (tile_c * item)
+            tile_m = max(1, SHUFFLED_TILE_BYTES // (tile_c * item))
             permute_rows_kernel[(ceil_div(len(rows), tile_m),)](
-                rows, y, permutation, len(rows), rows.stride(0), channels, tile_m, tile_c
+                rows, y, permutation, len(rows), rows.stride(0), channels, tile_m, tile_c, num_warps=1
             )
         else:
             tile_c = min(tile_c, SCATTERED_TILE_BYTES // item)
-            tile_m = SCATTERED_TILE_BYTES // (tile_c * item)
             tiles_c = ceil_div(channels, tile_c)
-            gather_rows_kernel[(ceil_div(len(rows), tile_m) * tiles_c,)](
-                rows, y, permutation, len(rows), channels, rows.stride(0), tiles_c, tile_m, tile_c
+            gather_rows_kernel[(len(rows) * tiles_c,)](
+                rows, y, permutation, channels, rows.stride(0), tiles_c, tile_c, num_warps=1
             )
     return y.view(moved.shape).movedim(-1, dim)

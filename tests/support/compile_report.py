@@ -41,6 +41,7 @@ CONVS = {
     "float16 strided": (ConvCase(block=(64, 64), stride=(2, 2), **LARGE), "float16"),
     "float16 25x10": (ConvCase(c_out=50, c_in=20, block=(25, 10), kernel_size=(5, 5), batch=64), "float16"),
     "tf32 64x64": (ConvCase(block=(64, 64), **LARGE), "float32"),
+    "float32 64x64": (ConvCase(block=(64, 64), **LARGE), "float32"),
 }
 LINEARS = {
     "float16 64x64": (LinearCase(1024, 1024, (64, 64), (4096,)), "float16"),
@@ -65,7 +66,7 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
         operands = conv2d_operands(case, getattr(torch, dtype), cpu)
         with compiling(arch) as results:
             config = default_conv2d_config(conv2d_problem(case, operands), device)
-            block_sparse_conv2d(**operands, allow_tf32=dtype == "float32", config=config)
+            block_sparse_conv2d(**operands, allow_tf32="tf32" in name, config=config)
         report[f"conv2d {name}"] = results
     for name, (case, dtype) in LINEARS.items():
         operands = linear_operands(case, getattr(torch, dtype), cpu)
