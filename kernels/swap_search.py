@@ -63,7 +63,9 @@ def best_leavers_kernel(
     slice = tl.load(order_ptr + position, mask=mask, other=0).to(tl.int64)
     row = values_ptr + slice * R
     there = tl.load(row[:, None] + towards[None, :], mask=mask[:, None] & mask_k[None, :], other=0.0)
-    gain = tl.where(mask[:, None], there - tl.load(row + g, mask=mask, other=0.0)[:, None], -1e30)
+    here = tl.load(row + g, mask=mask, other=0.0)
+    kind: tl.constexpr = leave_ptr.dtype.element_ty  # float64 differences of float32 values are exact
+    gain = tl.where(mask[:, None], there.to(kind) - here.to(kind)[:, None], -1e30)
     best = tl.max(gain, axis=0)
     first = tl.min(tl.where(gain == best[None, :], position[:, None], 2147483647), axis=0)
     tl.store(leave_ptr + g * R + towards, best, mask=mask_k)

@@ -103,3 +103,20 @@ def test_soft_mask_keeps_as_much_as_asked(shape, n_keep, temperature, device):
     assert float(still.sum()) == pytest.approx(n_keep, rel=1e-3)
     noisy = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, temperature, NOISE * temperature)
     assert torch.allclose(noisy.cpu(), soft_mask(sums, n_keep, temperature, noise), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "edge", "high"), [(24, 4, 1000), (23, 4, 4), (40, 7, 9), (16, 8, 3), (30, 3, 100)])
+def test_cancelled_cycles_leave_an_optimum(n, edge, high, device):
+    from tetris.kernels.cycle_cancel import cancel_cycles
+    from tetris.search.transport import exact, optimality_gap
+
+    values = integer_values(n, ceil_div(n, edge), high, n)
+    partition = blocks(n, edge)
+    exact(values, partition)
+    best = float(values.gather(1, partition.labels()[:, None]).sum())
+    order = torch.arange(n, device=device)
+    result, prices = cancel_cycles(values.to(device), order, edge, 1e-9, processors=3 if HAS_GPU else 1)
+    found = Partition(order.cpu(), partition.offsets)
+    assert torch.equal(found.order.sort().values, torch.arange(n)) and int(result[2]) == 1
+    assert float(values.gather(1, found.labels()[:, None]).sum()) == pytest.approx(best, abs=1e-6)
+    assert optimality_gap(values, found.labels(), prices.cpu()) == pytest.approx(0, abs=1e-6)

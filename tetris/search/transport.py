@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from tetris.permutation import identity
-from tetris.search.batched import batched
+from tetris.search.batched import sweep, turns_of_sweep
 from tetris.search.partition import Partition
+from tetris.search.sums import require_triton
 
 _MAX_SWEEPS = 4
 _MAX_PASSES = 1_000_000
@@ -58,12 +59,8 @@ def optimality_gap(values: torch.Tensor, labels: torch.Tensor, prices: torch.Ten
 
 
 def exact(values: torch.Tensor, partition: Partition) -> int:
-    """Assign slices to groups optimally; ``partition.order`` changes in place. Returns the number of moves.
-
-    On a GPU the pairs are split there and the values (not the weight) come to the CPU for the cycles.
-    """
-    moves = batched(values, partition) if values.is_cuda else 0
-    return moves + solve(values, partition)[0]
+    """Assign slices to groups optimally; ``partition.order`` changes in place. Returns the number of moves."""
+    return solve(values, partition)[0]
 
 
 def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor]:
@@ -72,26 +69,51 @@ def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor
     Raises:
         RuntimeError: the cycle search did not end (it always does, short of a defect).
     """
+    if partition.n_groups < 2:
+        return 0, torch.zeros(partition.n_groups, dtype=torch.float64)
+    tolerance = 64 * torch.finfo(torch.float64).eps * max(float(values.max()), 0.0)
+    on_gpu = values.is_cuda and partition.edge is not None
+    moves, cancelled, ended, prices = (_solve_on_gpu if on_gpu else _solve_on_cpu)(values, partition, tolerance)
+    if not ended:
+        raise RuntimeError("exact M-step: the cycle search did not end; please report this weight")
+    return moves + cancelled, prices
+
+
+def _solve_on_cpu(values: torch.Tensor, partition: Partition, tolerance: float) -> tuple[int, int, bool, torch.Tensor]:
+    """(moves by splitting pairs, moves along cycles, whether it ended, prices)."""
     from tetris.search import numba_kernels, numba_transport
 
     host, order, offsets = values.cpu().contiguous().numpy(), partition.order.cpu(), partition.offsets.cpu().numpy()
-    players, n_groups = identity(partition.n_groups).numpy(), partition.n_groups
-    tolerance = 64 * torch.finfo(torch.float64).eps * max(float(values.max()), 0.0)
-    prices = torch.zeros(n_groups, dtype=torch.float64)
-    moves = 0
-    for _ in range(_MAX_SWEEPS if n_groups > 1 else 0):
-        turns = n_groups - 1 + n_groups % 2
+    players, turns, moves = identity(partition.n_groups).numpy(), turns_of_sweep(partition.n_groups), 0
+    for _ in range(_MAX_SWEEPS):
         swaps = numba_kernels.sweep(host, order.numpy(), offsets, players, 0, turns, host.dtype.type(tolerance))
         moves += int(swaps)
         if not swaps:
             break
-    cancelled, finished = numba_transport.cancel_cycles(
+    prices = torch.zeros(partition.n_groups, dtype=torch.float64)
+    cancelled, ended = numba_transport.cancel_cycles(
         host, order.numpy(), offsets, prices.numpy(), tolerance, _MAX_PASSES
     )
-    if not finished:
-        raise RuntimeError("exact M-step: the cycle search did not end; please report this weight")
     partition.order.copy_(order)
-    return moves + int(cancelled), prices
+    return moves, int(cancelled), bool(ended), prices
+
+
+def _solve_on_gpu(values: torch.Tensor, partition: Partition, tolerance: float) -> tuple[int, int, bool, torch.Tensor]:
+    """The same with kernels: nothing but the counts and prices leaves the GPU."""
+    require_triton("reorder")
+    from tetris.kernels.cycle_cancel import cancel_cycles
+
+    assert partition.edge is not None
+    players, turns, moves = identity(partition.n_groups, values.device), turns_of_sweep(partition.n_groups), 0
+    for _ in range(_MAX_SWEEPS):
+        swaps = int(sweep(values, partition, players, 0, turns, tolerance))
+        moves += swaps
+        if not swaps:
+            break
+    processors = torch.cuda.get_device_properties(values.device).multi_processor_count
+    result, prices = cancel_cycles(values, partition.order, partition.edge, tolerance, processors=processors)
+    cancelled, _, ended = result.tolist()
+    return moves, cancelled, bool(ended), prices.cpu()
 
 
 def certify(values: torch.Tensor, partition: Partition) -> Certificate:
