@@ -26,6 +26,7 @@ from tetris.permutation import expand, is_identity
 from tetris.plans import ModelPlan
 from tetris.reordering import Reordering
 from tetris.specs import match, prunable_layers
+from tetris.stem import StemConv2d
 
 
 @dataclass
@@ -166,7 +167,9 @@ class _Converter:
         for group in graph.groups:
             for member in group.members:
                 if member.role == "per_channel":
-                    _permute_parameters(traced.get_submodule(member.module), expand(orders[group.index], member.repeats))
+                    _permute_parameters(
+                        traced.get_submodule(member.module), expand(orders[group.index], member.repeats)
+                    )
         for name in self.layers:
             if name not in graph.inputs:
                 continue  # registered but never called
@@ -182,10 +185,17 @@ class _Converter:
                 self.replace(name, self.sparse[name], gather, scatter)
             else:
                 _permute_dense(traced.get_submodule(name), order_out, order_in)
+                self.replace_stem(name)
         if self.fuse:
             for name, operations in fuse_epilogues(traced).items():
                 self.layers[name].fused = operations
         _clean(traced)
+
+    def replace_stem(self, name: str) -> None:
+        """A dense convolution of few channels is bound by its output: it gets a kernel with a fused epilogue."""
+        module = self.target.get_submodule(name)
+        if self.fuse and isinstance(module, nn.Conv2d) and StemConv2d.supports(module):
+            _set_submodule(self.target, name, StemConv2d.from_dense(module))
 
     def replace(
         self, name: str, reordering: Reordering, gather: torch.Tensor | None, scatter: torch.Tensor | None
@@ -195,15 +205,25 @@ class _Converter:
         kind = BlockSparseConv2d if isinstance(module, nn.Conv2d) else BlockSparseLinear
         try:
             layer: BlockSparseLayer = kind.from_dense(  # type: ignore[arg-type]
-                module, reordering, input_permutation=gather, output_permutation=scatter, config=self.configs.get(name, "")
+                module,
+                reordering,
+                input_permutation=gather,
+                output_permutation=scatter,
+                config=self.configs.get(name, ""),
             )
         except UnsupportedError as error:
             raise UnsupportedError(f"convert: {name}: {error}; pass dense=[{name!r}]") from error
-        parent, _, leaf = name.rpartition(".")
-        setattr(self.target.get_submodule(parent), leaf, layer)
-        moved = [w for w, p in (("input", layer.input_permutation), ("output", layer.output_permutation)) if p is not None]
+        _set_submodule(self.target, name, layer)
+        moved = [
+            w for w, p in (("input", layer.input_permutation), ("output", layer.output_permutation)) if p is not None
+        ]
         record.kind, record.block, record.permutes = "block-sparse", layer.block, ", ".join(moved)
         record.kept_fraction = layer.kept_fraction
+
+
+def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
 
 
 def _permute_parameters(module: nn.Module, order: torch.Tensor) -> None:

@@ -55,7 +55,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def conv2d_launch(
-    problem: Conv2dProblem, indptr: Tensor, *, key: str = "", max_pool: bool = False, allow_tf32: bool = False
+    problem: Conv2dProblem,
+    indptr: Tensor,
+    indices: Tensor,
+    *,
+    key: str = "",
+    max_pool: bool = False,
+    allow_tf32: bool = False,
 ) -> Launch:
     """The launch of a convolution on indptr's device: the config of ``key``, or the one chosen for the problem."""
     device = device_info(indptr.device)
@@ -68,8 +74,8 @@ def conv2d_launch(
         return Launch(config.to_key())
     from tetris.kernels.hopper.conv2d import conv2d_schedule
 
-    schedule = conv2d_schedule(indptr, problem, config, device.sm_count, indptr.device)
-    return Launch(config.to_key(), [schedule.program_ptr, schedule.order])
+    schedule = conv2d_schedule(indptr, indices, problem, config, device.sm_count, indptr.device)
+    return Launch(config.to_key(), schedule.tensors)
 
 
 def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:

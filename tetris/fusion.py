@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tetris.layers import BlockSparseConv2d, BlockSparseLayer
+from tetris.layers import BlockSparseConv2d, BlockSparseLayer, FusedLayer
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -46,7 +46,11 @@ def fold_batch_norms(traced: fx.GraphModule) -> dict[str, str]:
         if not (isinstance(source, fx.Node) and source.op == "call_module" and single_user(source) is node):
             continue
         conv = modules[str(source.target)]
-        if type(conv) is not nn.Conv2d or norm.running_mean is None or not {str(source.target), str(node.target)} <= once:
+        if (
+            type(conv) is not nn.Conv2d
+            or norm.running_mean is None
+            or not {str(source.target), str(node.target)} <= once
+        ):
             continue
         _fold(conv, norm)
         folded[str(source.target)] = str(node.target)
@@ -68,15 +72,19 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
 
 
 def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
-    """Let block-sparse layers add a residual and apply the activation that follow them. {layer: what was fused}."""
+    """Let the layers' epilogues do what follows them: residual adds, activations, pooling. {layer: what was fused}."""
     modules, once = dict(traced.named_modules()), called_once(traced)
     fused: dict[str, list[str]] = {}
 
-    def block_sparse(node: Any) -> BlockSparseLayer | None:
+    def fused_layer(node: Any) -> FusedLayer | None:
         if not (isinstance(node, fx.Node) and node.op == "call_module" and str(node.target) in once):
             return None
         module = modules[str(node.target)]
-        return module if isinstance(module, BlockSparseLayer) else None
+        return module if isinstance(module, FusedLayer) else None
+
+    def block_sparse(node: Any) -> BlockSparseLayer | None:
+        layer = fused_layer(node)
+        return layer if isinstance(layer, BlockSparseLayer) else None
 
     for node in list(traced.graph.nodes):
         if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
@@ -91,7 +99,7 @@ def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
                 traced.graph.erase_node(node)
         elif (activation := _activation(node, modules)) is not None:
             source = node.args[0]
-            layer = block_sparse(source)
+            layer = fused_layer(source)
             if layer is not None and layer.activation == "none" and not _pools(layer) and single_user(source) is node:
                 layer.activation = activation
                 fused.setdefault(str(source.target), []).append(activation)
@@ -111,14 +119,21 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
-def _pools(layer: BlockSparseLayer) -> bool:
+def _pools(layer: FusedLayer) -> bool:
     return isinstance(layer, BlockSparseConv2d) and layer.max_pool
 
 
 def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node is plain 2x2 max-pooling with stride 2."""
     if node.op == "call_module" and type(module := modules[str(node.target)]) is nn.MaxPool2d:
-        settings = [module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices]
+        settings = [
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.ceil_mode,
+            module.return_indices,
+        ]
     elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         given = dict(zip(names, (None, None, 0, 1, False, False))) | dict(zip(names, node.args[1:])) | node.kwargs
@@ -142,7 +157,14 @@ def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable
         other = node.args[1] if source is node.args[0] else node.args[0]
         layer = block_sparse(source)
         fits = other is not source and _shape(other) == _shape(source)
-        if layer is None or layer.activation != "none" or _pools(layer) or source.kwargs or single_user(source) is not node or not fits:
+        if (
+            layer is None
+            or layer.activation != "none"
+            or _pools(layer)
+            or source.kwargs
+            or single_user(source) is not node
+            or not fits
+        ):
             continue
         with traced.graph.inserting_before(node):
             call = traced.graph.call_module(str(source.target), source.args, {"residual": other})

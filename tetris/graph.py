@@ -113,7 +113,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
                 f"{type(error).__name__}: {error}; move control flow that depends on tensor values out of forward, or use "
                 "permutations='separate', which needs no tracing"
             ) from error
-        placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+        placeholders = [str(n.target) for n in traced.graph.nodes if n.op == "placeholder"]
         with torch.no_grad():
             ShapeProp(traced).propagate(*args, *(kwargs[name] for name in placeholders[len(args) :] if name in kwargs))
     finally:
@@ -147,7 +147,20 @@ BINARY_FUNCTIONS: set[Callable] = {
     operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, torch.add, torch.sub,
     torch.mul, torch.div, torch.maximum, torch.minimum,
 }  # fmt: skip
-ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "clamp", "contiguous", "detach", "clone", "float", "half", "abs", "square"}
+ELEMENTWISE_METHODS = {
+    "relu",
+    "relu_",
+    "sigmoid",
+    "tanh",
+    "clamp",
+    "contiguous",
+    "detach",
+    "clone",
+    "float",
+    "half",
+    "abs",
+    "square",
+}
 BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div"}
 
 
@@ -244,7 +257,12 @@ class _Grouping:
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and x is not None and x.dim == 1 and x.repeats == 1:
             self.join(x, Member(name, "per_channel"))
             return x
-        if isinstance(module, nn.LayerNorm) and x is not None and x.dim == rank - 1 and len(module.normalized_shape) == 1:
+        if (
+            isinstance(module, nn.LayerNorm)
+            and x is not None
+            and x.dim == rank - 1
+            and len(module.normalized_shape) == 1
+        ):
             self.join(x, Member(name, "per_channel", x.repeats))
             return x
         if isinstance(module, ELEMENTWISE_MODULES):

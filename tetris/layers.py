@@ -24,11 +24,16 @@ from tetris.packing import pack, unpack
 from tetris.permutation import apply, inverse, is_identity, validate
 from tetris.reordering import Reordering
 
-
 Permutations = tuple[Tensor | None, Tensor | None]
 
 
-class BlockSparseLayer(nn.Module):
+class FusedLayer(nn.Module):
+    """A layer whose epilogue applies ``activation``: "none", "relu", "relu6", "silu" or "gelu"."""
+
+    activation: str
+
+
+class BlockSparseLayer(FusedLayer):
     """What both layers share: packed blocks, their layout, permutations, epilogue and config.
 
     Attributes:
@@ -144,7 +149,9 @@ class BlockSparseLayer(nn.Module):
             return self._call(x, residual, (None, None), launch)
         if residual is not None:
             residual = ops.permute_channels(residual, self.output_permutation, dim)
-        return ops.permute_channels(self._call(x, residual, (None, None), launch), inverse(self.output_permutation), dim)
+        return ops.permute_channels(
+            self._call(x, residual, (None, None), launch), inverse(self.output_permutation), dim
+        )
 
     def launch(self, x: Tensor) -> Launch:
         """Config and schedule for inputs like ``x``, made at the first such input and kept; nothing is tuned here.
@@ -195,7 +202,9 @@ def _packed(weight: Tensor, reordering: Reordering, name: str) -> tuple[Tensor, 
 class BlockSparseLinear(BlockSparseLayer):
     """y = activation(x W^T + bias + residual) with a block-sparse W (eq. 2); x is [..., in_features]."""
 
-    def __init__(self, in_features: int, out_features: int, block: tuple[int, int], n_blocks: int, **options: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, block: tuple[int, int], n_blocks: int, **options: Any
+    ) -> None:
         values = options.pop("values", None)
         if values is None:
             values = torch.zeros(n_blocks, *block, dtype=options.pop("dtype", None), device=options.pop("device", None))
@@ -216,8 +225,8 @@ class BlockSparseLinear(BlockSparseLayer):
         reordering: Reordering,
         *,
         activation: str = "none",
-        input_permutation: Tensor | None | str = "own",
-        output_permutation: Tensor | None | str = "own",
+        input_permutation: Tensor | str | None = "own",
+        output_permutation: Tensor | str | None = "own",
         config: str = "",
     ) -> BlockSparseLinear:
         """The block-sparse form of a linear layer.
@@ -311,8 +320,8 @@ class BlockSparseConv2d(BlockSparseLayer):
         reordering: Reordering,
         *,
         activation: str = "none",
-        input_permutation: Tensor | None | str = "own",
-        output_permutation: Tensor | None | str = "own",
+        input_permutation: Tensor | str | None = "own",
+        output_permutation: Tensor | str | None = "own",
         config: str = "",
     ) -> BlockSparseConv2d:
         """The block-sparse form of a convolution; arguments as in :meth:`BlockSparseLinear.from_dense`.
@@ -370,7 +379,9 @@ class BlockSparseConv2d(BlockSparseLayer):
             self.padding, self.dilation, self.block, dtype_name(x.dtype), self.n_blocks,
         )  # fmt: skip
         tf32 = torch.backends.cudnn.allow_tf32
-        return conv2d_launch(problem, self.indptr, key=self.config, max_pool=self.max_pool, allow_tf32=tf32)
+        return conv2d_launch(
+            problem, self.indptr, self.indices, key=self.config, max_pool=self.max_pool, allow_tf32=tf32
+        )
 
     def extra_repr(self) -> str:
         geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"

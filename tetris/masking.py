@@ -18,11 +18,11 @@ from torch.nn.utils import parametrize
 from tetris.errors import TetrisError, UnsupportedError, describe
 from tetris.graph import ExampleInputs, ModelGraph, channel_groups
 from tetris.importance import Importance, channel_importance, importance_of
+from tetris.joint_reordering import JointProblem, JointReordering, reorder_jointly
 from tetris.layout import block_row_of, grid_shape
 from tetris.permutation import apply, expand, identity, inverse
 from tetris.plans import ModelPlan
 from tetris.pruning import PruningMethod, expand_block_mask
-from tetris.joint_reordering import JointProblem, JointReordering, reorder_jointly
 from tetris.reordering import Reordering, reorder
 from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
 
@@ -131,7 +131,7 @@ def prune(
     model: nn.Module,
     sparsity: SparsitySpec | None = None,
     block: BlockSpec = "auto",
-    method: str = "annealed",
+    method: str | None = None,
     *,
     importance: Importance | Mapping[str, Importance] = "l1",
     structure: str | PruningMethod = "block",
@@ -154,7 +154,8 @@ def prune(
         sparsity: fraction of blocks to prune: a float in [0, 1) for every layer with 16 channels or more, a dict by
             layer name (globs; only named layers are pruned) or a list with one rate a prunable layer (0 = dense).
         block: int, (out, in), dict by layer (globs) or "auto"; ignored by structures without blocks.
-        method: "none", "sort", "paper", "batched", "exact" or "annealed"; see :func:`tetris.reorder`.
+        method: "none", "sort", "paper", "batched", "exact" or "annealed", see :func:`tetris.reorder`; by default
+            "annealed" for blocks and "none" for other structures.
         importance: "l1", "l2", a tensor for a single-layer model, or a dict by layer name of these.
         structure: "block" or another pruning method; see :mod:`tetris.pruning`.
         permutations: "shared" searches one permutation for all layers that meet in a channel group (free at run time;
@@ -175,7 +176,10 @@ def prune(
     if permutations not in PERMUTATIONS:
         raise TetrisError(f"prune: wanted permutations of {', '.join(PERMUTATIONS)}; got {describe(permutations)}")
     if masked_layers(model):
-        raise TetrisError("prune: wanted a dense model; this one is pruned already; prune the original, or bake_masks it")
+        raise TetrisError(
+            "prune: wanted a dense model; this one is pruned already; prune the original, or bake_masks it"
+        )
+    method = method or ("annealed" if structure == "block" else "none")
     layers: dict[str, nn.Module] = dict(prunable_layers(model))
     skipped = match(dict.fromkeys(skip, True), list(layers), "skip") if skip else {}
     if plan is not None:
@@ -199,9 +203,7 @@ def prune(
     graph = _sharing_graph(model, permutations, structure, method, example_inputs)
     pruned = copy.deepcopy(model)
     options = {"method": method, "seed": seed, "steps": steps}
-    found = (
-        _shared(requests, graph, options, progress) if graph else _separate(requests, structure, options, progress)
-    )
+    found = _shared(requests, graph, options, progress) if graph else _separate(requests, structure, options, progress)
     label = structure if isinstance(structure, str) else type(structure).__name__
     for name, reordering in found.items():
         parametrize.register_parametrization(
@@ -273,7 +275,9 @@ def _shared(
     }
 
 
-def _from_joint(request: _Request, problem: JointProblem, joint: JointReordering, index: int, method: str) -> Reordering:
+def _from_joint(
+    request: _Request, problem: JointProblem, joint: JointReordering, index: int, method: str
+) -> Reordering:
     """The part of a joint answer that concerns one weight, as a reordering of its own."""
     weight, layout = request.weight, joint.layouts[index]
     permutations = {

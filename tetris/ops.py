@@ -113,7 +113,7 @@ def block_sparse_conv2d(
     if chosen.kernel == "hopper":
         from tetris.kernels.hopper.schedule import Schedule
 
-        extra = {"max_pool": max_pool, "schedule": Schedule(*schedule, makespan=1.0) if schedule else None}
+        extra = {"max_pool": max_pool, "schedule": Schedule.from_tensors(schedule) if schedule else None}
     y = conv2d_launcher(chosen.kernel)(
         x.contiguous(memory_format=torch.channels_last),
         values,
@@ -293,7 +293,9 @@ def _register_dense_gradient(op: Any, dense: Callable[..., Tensor]) -> None:
 
     Training a converted layer therefore costs what the dense layer costs; fine-tune the masked model instead.
     """
-    n_tensors = 8  # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
+    n_tensors = (
+        8  # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
+    )
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:n_tensors])

@@ -40,8 +40,19 @@ def pack(weight: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
 def unpack(values: torch.Tensor, layout: BlockLayout, kernel_size: tuple[int, ...] = ()) -> torch.Tensor:
     """The dense reordered weight [C_OUT, C_IN, *kernel_size]; pruned blocks are zero. The inverse of :func:`pack`."""
     (rows, columns), (block_out, block_in) = layout.grid, layout.block
-    values = values.reshape(layout.n_blocks, -1, block_out, block_in)
+    taps = values.shape[1] if values.dim() == 4 else 1
+    values = values.reshape(layout.n_blocks, taps, block_out, block_in)
     blocked = values.new_zeros(rows, columns, values.shape[1], block_out, block_in)
     blocked[layout.rows, layout.indices.long()] = values
     dense = blocked.permute(0, 3, 1, 4, 2).reshape(rows * block_out, columns * block_in, -1)
     return dense[: layout.shape[0], : layout.shape[1]].reshape(*layout.shape, *kernel_size).contiguous()
+
+
+def pack_stem(weight: torch.Tensor) -> torch.Tensor:
+    """[C_OUT, C_IN, KH, KW] -> [C_OUT, KH * KW * C_IN], taps row by row, channels fastest: the order of an NHWC patch."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()
+
+
+def unpack_stem(packed: torch.Tensor, c_in: int, kernel_size: tuple[int, int]) -> torch.Tensor:
+    """The inverse of :func:`pack_stem`, as a view."""
+    return packed.view(-1, *kernel_size, c_in).permute(0, 3, 1, 2)

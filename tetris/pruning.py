@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 from tetris.errors import ShapeError, TetrisError, describe
-from tetris.layout import ceil_div, grid_shape
 from tetris.importance import channel_importance
+from tetris.layout import ceil_div, grid_shape
 
 Block = int | tuple[int, int]
 

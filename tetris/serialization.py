@@ -1,8 +1,8 @@
 """``tetris.save`` and ``tetris.load``: a converted model as one safetensors file, JSON in its header, no pickle.
 
 A traced model is saved with its graph, so that it loads without the code that defined it: nodes name functions of torch
-and ``operator`` and methods of tensors, modules are rebuilt from their class and arguments. Nothing outside these
-namespaces is ever called. A model that could not be traced needs its architecture passed to ``load``.
+and ``operator`` and methods of tensors, modules are rebuilt from their class and arguments. Nothing but the
+arithmetic named in :data:`FUNCTIONS` is ever called. A model that could not be traced needs its architecture passed to ``load``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tetris.conversion import Conversion, ConvertedLayer
 from tetris.errors import FileFormatError, TetrisError, UnsupportedError
 from tetris.files import atomic_file
 from tetris.layers import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from tetris.stem import StemConv2d
 
 FORMAT = "tetris-model"
 VERSION = 1
-NAMESPACES: dict[str, Any] = {"operator": operator, "torch": torch, "torch.nn.functional": F, "builtins": __builtins__}
 LAYERS: dict[str, type[BlockSparseLayer]] = {c.__name__: c for c in (BlockSparseConv2d, BlockSparseLinear)}
 
 
@@ -38,7 +38,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """
     record = getattr(model, "conversion", None)
     if not isinstance(record, Conversion):
-        raise TetrisError(f"save: wanted a model from tetris.convert; got {type(model).__name__}; torch.save saves any other")
+        raise TetrisError(
+            f"save: wanted a model from tetris.convert; got {type(model).__name__}; torch.save saves any other"
+        )
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     for layer in record.layers.values():
         for side in ("input_order", "output_order"):
@@ -50,10 +52,14 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "name": type(model).__name__,
         "traced": isinstance(model, fx.GraphModule),
         "layers": {name: _layer_to_json(layer) for name, layer in record.layers.items()},
-        "block_sparse": {n: _block_sparse_to_json(m) for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)},
+        "block_sparse": {
+            n: _block_sparse_to_json(m) for n, m in model.named_modules() if isinstance(m, BlockSparseLayer)
+        },
+        "stems": {n: m.arguments() for n, m in model.named_modules() if isinstance(m, StemConv2d)},
     }
     if isinstance(model, fx.GraphModule):
-        leaves = {str(n.target) for n in model.graph.nodes if n.op == "call_module"} - set(header["block_sparse"])
+        leaves = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
+        leaves -= header["block_sparse"].keys() | header["stems"].keys()
         header["modules"] = {name: _module_to_json(name, model.get_submodule(name)) for name in sorted(leaves)}
         header["graph"] = [_node_to_json(node) for node in model.graph.nodes]
     from safetensors.torch import save_file
@@ -91,6 +97,9 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
         for name, arguments in header["block_sparse"].items():
             parent, _, leaf = name.rpartition(".")
             setattr(_ensure(result, parent), leaf, _block_sparse_from_json(name, arguments, shapes))
+        for name, arguments in header["stems"].items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(_ensure(result, parent), leaf, StemConv2d(**_with_tuples(arguments)))
         layers = {name: ConvertedLayer(**values) for name, values in header["layers"].items()}
         for layer in layers.values():
             layer.block = tuple(layer.block) if layer.block else None  # type: ignore[assignment]
@@ -121,11 +130,15 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise FileFormatError(f"load: wanted a safetensors file; {path} is corrupt or of another kind ({error})") from error
+        raise FileFormatError(
+            f"load: wanted a safetensors file; {path} is corrupt or of another kind ({error})"
+        ) from error
     try:
         header = json.loads(metadata["tetris"])
     except (KeyError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"load: wanted a file of tetris.save; {path} is a safetensors file without its header") from error
+        raise FileFormatError(
+            f"load: wanted a file of tetris.save; {path} is a safetensors file without its header"
+        ) from error
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise FileFormatError(
             f"load: wanted {FORMAT} version {VERSION}; {path} is {header.get('format')} version {header.get('version')}; "
@@ -136,7 +149,9 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
 
 # -- layers and modules -----------------------------------------------------------------------------------------------
 def _layer_to_json(layer: ConvertedLayer) -> dict[str, Any]:
-    return {k: v for k, v in vars(layer).items() if not isinstance(v, Tensor) and k not in ("input_order", "output_order")}
+    return {
+        k: v for k, v in vars(layer).items() if not isinstance(v, Tensor) and k not in ("input_order", "output_order")
+    }
 
 
 def _block_sparse_to_json(layer: BlockSparseLayer) -> dict[str, Any]:
@@ -152,7 +167,7 @@ def _block_sparse_to_json(layer: BlockSparseLayer) -> dict[str, Any]:
 
 
 def _block_sparse_from_json(name: str, arguments: dict[str, Any], shapes: dict[str, torch.Size]) -> BlockSparseLayer:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    values = _with_tuples(arguments)
     kind, (permutes_in, permutes_out) = LAYERS[values.pop("class")], values.pop("permutes")
     layer = kind(**values)
     for side, wanted, size in (("input", permutes_in, layer.shape[1]), ("output", permutes_out, layer.shape[0])):
@@ -185,7 +200,12 @@ def _module_from_json(name: str, entry: dict[str, Any]) -> nn.Module:
     kind = getattr(nn, entry["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise FileFormatError(f"load: {name}: wanted a module of torch.nn; got {entry['class']!r}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["arguments"].items()})
+    return kind(**_with_tuples(entry["arguments"]))
+
+
+def _with_tuples(arguments: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists back to the tuples that constructors take."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
 
 
 def _ensure(root: nn.Module, path: str) -> nn.Module:
@@ -198,30 +218,98 @@ def _ensure(root: nn.Module, path: str) -> nn.Module:
 
 
 # -- graph ------------------------------------------------------------------------------------------------------------
+FUNCTIONS: dict[str, Any] = {
+    f"{prefix}.{name}": getattr(module, name)
+    for prefix, module, names in (
+        ("operator", operator, "add iadd sub isub mul imul truediv floordiv neg pow matmul getitem eq ne lt le gt ge"),
+        (
+            "torch",
+            torch,
+            "abs add bmm cat chunk clamp concat conv2d div exp flatten matmul max_pool2d maximum mean minimum mul permute relu "
+            "reshape sigmoid softmax split sqrt square squeeze stack sub sum tanh transpose unsqueeze",
+        ),
+        (
+            "functional",
+            F,
+            "adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d dropout elu gelu hardsigmoid hardswish hardtanh interpolate "
+            "layer_norm leaky_relu log_softmax max_pool2d mish normalize pad relu relu6 scaled_dot_product_attention sigmoid "
+            "silu softmax softplus tanh",
+        ),
+    )
+    for name in names.split()
+} | {"getattr": getattr}
+"""Every function that a saved graph may call, by the name it has in the file."""
+METHODS = frozenset(
+    [
+        "abs",
+        "add",
+        "add_",
+        "chunk",
+        "clamp",
+        "contiguous",
+        "detach",
+        "div",
+        "dim",
+        "exp",
+        "expand",
+        "flatten",
+        "float",
+        "half",
+        "mean",
+        "mul",
+        "mul_",
+        "permute",
+        "relu",
+        "relu_",
+        "repeat",
+        "reshape",
+        "sigmoid",
+        "size",
+        "softmax",
+        "split",
+        "sqrt",
+        "square",
+        "squeeze",
+        "sub",
+        "sub_",
+        "sum",
+        "tanh",
+        "to",
+        "transpose",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    ]
+)
+"""Every tensor method that a saved graph may call."""
+ATTRIBUTES = frozenset({"shape", "dtype", "device", "T", "mT", "ndim"})
+"""Every tensor attribute that a saved graph may read."""
+
+
 def _target_to_json(node: fx.Node) -> str:
-    if not callable(node.target):
+    if node.op != "call_function":
+        _check_method(node.op, str(node.target), "save", UnsupportedError)
         return str(node.target)
-    name = getattr(node.target, "__name__", "")
-    for prefix, namespace in NAMESPACES.items():
-        members = namespace if isinstance(namespace, dict) else vars(namespace)
-        if members.get(name) is node.target:
-            return f"{prefix}:{name}"
-        match = next((k for k, v in members.items() if v is node.target), None)
-        if match:
-            return f"{prefix}:{match}"
-    raise UnsupportedError(f"save: the graph calls {node.target}, which is no function of torch or operator; convert without it")
+    name = next((name for name, function in FUNCTIONS.items() if function is node.target), None)
+    if name is None:
+        raise UnsupportedError(
+            f"save: the graph calls {node.target}, which the file format does not name; it names {', '.join(FUNCTIONS)}"
+        )
+    return name
 
 
-def _target_from_json(op: str, target: str) -> Any:
+def _target_from_json(op: str, target: str, args: Any) -> Any:
     if op != "call_function":
+        _check_method(op, target, "load", FileFormatError)
         return target
-    prefix, _, name = target.partition(":")
-    namespace = NAMESPACES[prefix]
-    allowed = prefix != "builtins" or name == "getattr"
-    function = (namespace if isinstance(namespace, dict) else vars(namespace)).get(name)
-    if not allowed or not callable(function):
-        raise FileFormatError(f"load: the graph names {target!r}, which is not an allowed function")
-    return function
+    if target not in FUNCTIONS or (target == "getattr" and args[1] not in ATTRIBUTES):
+        raise FileFormatError(f"load: the graph names {target!r} of {args!r}, which is not an allowed function")
+    return FUNCTIONS[target]
+
+
+def _check_method(op: str, target: str, who: str, kind: type[TetrisError]) -> None:
+    if op == "call_method" and target not in METHODS:
+        raise kind(f"{who}: the graph calls the tensor method {target!r}, which is not an allowed function")
 
 
 def _argument_to_json(value: Any) -> Any:
@@ -260,7 +348,9 @@ def _argument_from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
     if node.op == "get_attr":
-        raise UnsupportedError(f"save: the graph reads the tensor {node.target} outside of a module; wrap it in a module")
+        raise UnsupportedError(
+            f"save: the graph reads the tensor {node.target} outside of a module; wrap it in a module"
+        )
     return {
         "op": node.op,
         "name": node.name,
@@ -275,11 +365,11 @@ def _rebuild_graph(header: dict[str, Any]) -> fx.GraphModule:
     for name, entry in header["modules"].items():
         parent, _, leaf = name.rpartition(".")
         _ensure(root, parent).add_module(leaf, _module_from_json(name, entry))
-    for name in header["block_sparse"]:
+    for name in (*header["block_sparse"], *header["stems"]):
         _ensure(root, name)
     graph, nodes = fx.Graph(), {}
     for entry in header["graph"]:
         args, kwargs = (_argument_from_json(entry[k], nodes) for k in ("args", "kwargs"))
-        target = _target_from_json(entry["op"], entry["target"])
+        target = _target_from_json(entry["op"], entry["target"], args)
         nodes[entry["name"]] = graph.create_node(entry["op"], target, args, kwargs, entry["name"])
     return fx.GraphModule(root, graph, header["name"])

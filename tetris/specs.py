@@ -93,7 +93,9 @@ def resolve_blocks(spec: Any, layers: Mapping[str, nn.Module]) -> dict[str, tupl
         blocks.update(match(spec, list(layers), "block"))
     elif isinstance(spec, str):
         if spec != "auto":
-            raise TetrisError(f"block: wanted an int, a pair (out, in), a dict by layer or 'auto'; got {describe(spec)}")
+            raise TetrisError(
+                f"block: wanted an int, a pair (out, in), a dict by layer or 'auto'; got {describe(spec)}"
+            )
     else:
         blocks = dict.fromkeys(layers, spec)
     return {name: fit_block(blocks[name], tuple(m.weight.shape[:2])) for name, m in layers.items()}

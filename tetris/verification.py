@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tetris.conversion import Conversion, ConvertedLayer
 from tetris.errors import ShapeError, TetrisError, describe
 from tetris.graph import ExampleInputs, as_arguments
-from tetris.layers import BlockSparseConv2d, BlockSparseLayer
+from tetris.layers import BlockSparseConv2d, BlockSparseLayer, FusedLayer
 from tetris.masking import bake_masks
 from tetris.permutation import apply, inverse
 from tetris.reference import activate
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of :func:`verify`: a check a layer and one or more end to end."""
+    """The outcome of :func:`verify`: a check for each replaced layer and one or more end to end."""
 
     layers: list[Check]
     outputs: list[Check]
@@ -60,7 +60,9 @@ class Verification:
         return self.passed
 
     def __str__(self) -> str:
-        rows = [(c.name, c.detail, f"{c.error:.2e}", f"{c.limit:.1e}", "ok" if c.passed else "FAILED") for c in self.checks]
+        rows = [
+            (c.name, c.detail, f"{c.error:.2e}", f"{c.limit:.1e}", "ok" if c.passed else "FAILED") for c in self.checks
+        ]
         verdict = "all within tolerance" if self.passed else f"{sum(not c.passed for c in self.checks)} checks FAILED"
         table = tabulate(rows, headers=("layer", "", "error", "limit", ""), disable_numparse=True)
         return f"{table}\n{verdict}"
@@ -82,14 +84,16 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
     """
     record = getattr(fast, "conversion", None)
     if not isinstance(record, Conversion):
-        raise TetrisError(f"verify: wanted a model from tetris.convert; got {type(fast).__name__} without a conversion record")
+        raise TetrisError(
+            f"verify: wanted a model from tetris.convert; got {type(fast).__name__} without a conversion record"
+        )
     args, kwargs = as_arguments(example_inputs)
     reference_model = bake_masks(copy.deepcopy(pruned)).eval().double()
     captured: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
     handles = [
         module.register_forward_hook(_capture(name, captured), with_kwargs=True)
         for name, module in fast.named_modules()
-        if isinstance(module, BlockSparseLayer)
+        if isinstance(module, FusedLayer)
     ]
     try:
         with torch.no_grad():
@@ -115,7 +119,7 @@ def _capture(name: str, captured: dict[str, tuple[Tensor, Tensor | None, Tensor]
 
 
 def _check_layer(
-    model: nn.Module, layer: BlockSparseLayer, record: ConvertedLayer, x: Tensor, residual: Tensor | None, y: Tensor
+    model: nn.Module, layer: FusedLayer, record: ConvertedLayer, x: Tensor, residual: Tensor | None, y: Tensor
 ) -> Check:
     """The masked original (with its batch norm) in float64 on the same input, brought to the storage orders."""
     dim = 1 if y.dim() == 4 else -1
@@ -134,8 +138,10 @@ def _check_layer(
         expected = F.max_pool2d(expected, 2)
     tf32 = torch.backends.cudnn.allow_tf32 if y.dim() == 4 else torch.backends.cuda.matmul.allow_tf32
     limit = tolerance(y.dtype, allow_tf32=y.is_cuda and tf32)
-    block = f"{layer.block[0]}x{layer.block[1]}, {layer.kept_fraction:.0%} kept"
-    return Check(record.name, relative_error(y, expected), limit, block)
+    detail = "dense"
+    if isinstance(layer, BlockSparseLayer):
+        detail = f"{layer.block[0]}x{layer.block[1]}, {layer.kept_fraction:.0%} kept"
+    return Check(record.name, relative_error(y, expected), limit, detail)
 
 
 def _check_outputs(y: Any, reference: Any, own: Any, depth: int) -> list[Check]:
@@ -149,7 +155,9 @@ def _check_outputs(y: Any, reference: Any, own: Any, depth: int) -> list[Check]:
     for i, (a, b, c) in enumerate(zip(tensors, references, owns)):
         tf32 = a.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
         limit = max(tolerance(a.dtype, tf32) * math.sqrt(max(1, depth)), 2 * relative_error(c, b))
-        checks.append(Check("network" if len(tensors) == 1 else f"network output {i}", relative_error(a, b), limit, "end to end"))
+        checks.append(
+            Check("network" if len(tensors) == 1 else f"network output {i}", relative_error(a, b), limit, "end to end")
+        )
     return checks
 
 

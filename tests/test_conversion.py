@@ -1,0 +1,210 @@
+"""prune -> convert -> verify -> save -> load over the model zoo: the converted model is the masked model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tetris
+from tetris.errors import FileFormatError, TetrisError, UnsupportedError
+from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18, resnet50
+from tetris.tolerances import relative_error, tolerance
+
+ZOO = {
+    "lenet": (LeNet, (2, 1, 28, 28)),
+    "vgg16": (lambda: VGG16(width=0.25, pooled=1), (2, 3, 32, 32)),
+    "vgg16_bn": (lambda: VGG16(width=0.25, pooled=2, batch_norm=True), (2, 3, 64, 64)),
+    "resnet18": (lambda: resnet18(width=16), (2, 3, 32, 32)),
+    "resnet50": (lambda: resnet50(width=16), (1, 3, 32, 32)),
+    "mlp": (lambda: MLP(32, 64, 48, 10), (3, 32)),
+    "transformer": (lambda: TransformerBlock(32), (2, 5, 32)),
+}
+
+
+def make(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model of the zoo with lively batch norms, in evaluation mode, and an input."""
+    torch.manual_seed(0)
+    build, shape = ZOO[name]
+    model = build().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model, torch.randn(shape)
+
+
+def pruned_model(name: str, **options):
+    model, x = make(name)
+    settings = {"sparsity": 0.6, "block": (16, 8), "method": "paper", "example_inputs": x} | options
+    return tetris.prune(model, **settings), x
+
+
+@pytest.mark.parametrize("permutations", ["shared", "separate"])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_converted_model_is_the_masked_model(name, permutations):
+    pruned, x = pruned_model(name, permutations=permutations)
+    fast = tetris.convert(pruned, example_inputs=x)
+    report = tetris.verify(pruned, fast, example_inputs=x)
+    assert report.passed, str(report)
+    assert {check.name for check in report.layers} >= set(tetris.masked_layers(pruned)) != set()
+    moved = [layer.name for layer in fast.conversion.layers.values() if layer.permutes]
+    assert not (permutations == "shared" and moved), f"shared permutations must cost nothing; these move data: {moved}"
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "transformer"])
+def test_without_tracing_every_layer_permutes_for_itself(name):
+    pruned, x = pruned_model(name, permutations="separate")
+    fast = tetris.convert(pruned)
+    assert relative_error(fast(x), pruned(x)) < tolerance(torch.float32)
+    assert type(fast) is type(pruned) and not fast.conversion.traced
+
+
+def test_untraceable_models_convert_with_a_warning():
+    class Branching(MLP):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model, x = Branching(32, 64, 32), torch.randn(3, 32)
+    with pytest.raises(UnsupportedError, match="torch.fx can trace"):
+        tetris.prune(model, 0.5, permutations="shared", example_inputs=x)
+    pruned = tetris.prune(model, 0.5, block=8, example_inputs=x)
+    with pytest.warns(UserWarning, match="every layer keeps its own permutations"):
+        fast = tetris.convert(pruned, example_inputs=x)
+    assert relative_error(fast(x), pruned(x)) < tolerance(torch.float32)
+
+
+def test_epilogues_swallow_norms_residuals_activations_and_pools():
+    pruned, x = pruned_model("vgg16_bn")
+    layers = tetris.convert(pruned, example_inputs=x).conversion.layers
+    assert layers["features.3"].batch_norm == "features.4" and layers["features.3"].fused == ["relu", "2x2 max-pool"]
+    pruned, x = pruned_model("resnet18")
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert fast.conversion.layers["layer1.0.conv2"].fused == ["residual", "relu"]
+    assert "batch norm, residual, relu" in str(fast.conversion)
+    unfused = tetris.convert(pruned, example_inputs=x, fuse=False)
+    assert not any(layer.fused or layer.batch_norm for layer in unfused.conversion.layers.values())
+    assert relative_error(unfused(x), pruned(x)) < tolerance(torch.float32)
+
+
+def test_layers_can_stay_dense():
+    pruned, x = pruned_model("lenet")
+    fast = tetris.convert(pruned, example_inputs=x, dense=["conv*"])
+    assert fast.conversion.layers["conv2"].reason == "chosen dense" and isinstance(
+        fast.get_submodule("conv2"), nn.Conv2d
+    )
+    assert tetris.verify(pruned, fast, example_inputs=x).passed
+
+
+def test_conversion_changes_neither_model():
+    pruned, x = pruned_model("vgg16_bn")
+    before, state = pruned(x), copy.deepcopy(pruned.state_dict())
+    fast = tetris.convert(pruned, example_inputs=x)
+    fast(x)
+    assert torch.equal(pruned(x), before)
+    assert all(torch.equal(v, state[k]) for k, v in pruned.state_dict().items() if isinstance(v, torch.Tensor))
+
+
+def test_other_batches_and_dtypes_run_through_the_same_model():
+    pruned, x = pruned_model("vgg16")
+    fast = tetris.convert(pruned, example_inputs=x)
+    bigger = torch.randn(5, *x.shape[1:])
+    assert relative_error(fast(bigger), pruned(bigger)) < tolerance(torch.float32)
+    half = pruned.bfloat16()
+    fast = tetris.convert(half, example_inputs=x.bfloat16())
+    assert tetris.verify(half, fast, example_inputs=x.bfloat16()).passed
+
+
+def test_verify_finds_a_corrupted_layer():
+    pruned, x = pruned_model("lenet")
+    fast = tetris.convert(pruned, example_inputs=x)
+    fast.get_submodule("fc1").values.data[0] += 0.1
+    report = tetris.verify(pruned, fast, example_inputs=x)
+    assert not report and [c.name for c in report.layers if not c.passed] == ["fc1"] and "FAILED" in str(report)
+    fast.get_submodule("fc1").values.data[0] = float("nan")
+    assert not tetris.verify(pruned, fast, example_inputs=x).outputs[0].passed
+
+
+def test_verify_wants_a_converted_model():
+    pruned, x = pruned_model("lenet")
+    with pytest.raises(TetrisError, match=r"tetris\.convert; got LeNet"):
+        tetris.verify(pruned, LeNet(), example_inputs=x)
+
+
+@pytest.mark.parametrize("structure", ["none at all", "element"])
+def test_convert_wants_blocks(structure):
+    model, x = make("lenet")
+    if structure == "element":
+        model = tetris.prune(model, 0.5, structure="element")
+    with pytest.raises(TetrisError, match="pruned by blocks; got none"):
+        tetris.convert(model, example_inputs=x)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("permutations", ["shared", "separate"])
+@pytest.mark.parametrize("name", ["lenet", "vgg16_bn", "resnet18", "mlp", "transformer"])
+def test_a_saved_model_loads_without_its_code(name, permutations, tmp_path):
+    pruned, x = pruned_model(name, permutations=permutations)
+    fast = tetris.convert(pruned, example_inputs=x)
+    loaded = tetris.load(tetris.save(fast, tmp_path / "fast.safetensors"))
+    assert torch.equal(loaded(x), fast(x))
+    assert tetris.verify(pruned, loaded, example_inputs=x).passed
+    assert str(loaded.conversion) == str(fast.conversion)
+
+
+def test_an_untraced_model_needs_its_architecture(tmp_path):
+    pruned, x = pruned_model("lenet", permutations="separate")
+    fast = tetris.convert(pruned)
+    path = tetris.save(fast, tmp_path / "fast.safetensors")
+    assert torch.equal(tetris.load(path, LeNet())(x), fast(x))
+    with pytest.raises(TetrisError, match=r"tetris\.load\(path, model="):
+        tetris.load(path)
+    with pytest.raises(FileFormatError, match="do not match the model"):
+        tetris.load(path, VGG16(width=0.125))
+
+
+def test_bad_files_are_refused(tmp_path):
+    pruned, x = pruned_model("lenet")
+    path = tetris.save(tetris.convert(pruned, example_inputs=x), tmp_path / "fast.safetensors")
+    with pytest.raises(FileFormatError, match="no such file"):
+        tetris.load(tmp_path / "missing.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FileFormatError, match="corrupt"):
+        tetris.load(path)
+    from safetensors.torch import save_file
+
+    save_file({"x": x}, path)
+    with pytest.raises(FileFormatError, match="without its header"):
+        tetris.load(path)
+    save_file({"x": x}, path, metadata={"tetris": '{"format": "tetris-model", "version": 99}'})
+    with pytest.raises(FileFormatError, match="version 99"):
+        tetris.load(path)
+
+
+def test_a_file_cannot_name_arbitrary_functions(tmp_path):
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    pruned, x = pruned_model("lenet")
+    path = tetris.save(tetris.convert(pruned, example_inputs=x), tmp_path / "fast.safetensors")
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["tetris"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    for target in ("builtins.eval", "os.system", "torch.load", "getattr"):
+        bad = copy.deepcopy(header)
+        next(n for n in bad["graph"] if n["op"] == "call_function")["target"] = target
+        save_file(tensors, path, metadata={"tetris": json.dumps(bad)})
+        with pytest.raises(FileFormatError, match="not an allowed function"):
+            tetris.load(path)
+
+
+def test_save_wants_a_converted_model(tmp_path):
+    with pytest.raises(TetrisError, match=r"tetris\.convert"):
+        tetris.save(LeNet(), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,114 @@
+"""Channel groups of traced models, and the storage orders chosen from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tetris.errors import UnsupportedError
+from tetris.graph import Member, channel_groups
+from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18
+from tetris.orders import input_gather, output_scatter, unit_order
+from tetris.permutation import expand
+
+
+def group_of(graph, module: str, role: str):
+    return next(g for g in graph.groups if any(m.module == module and m.role == role for m in g.members))
+
+
+def test_lenet_pairs_every_output_with_the_next_input():
+    graph = channel_groups(LeNet(), torch.randn(1, 1, 28, 28))
+    assert [g.fixed for g in graph.groups] == ["network input", None, None, None, "network output"]
+    assert graph.groups[2].members == [Member("conv2", "output"), Member("fc1", "input", 16)]
+    assert graph.inputs["fc1"] == (2, 16)
+    assert "conv2 (out), fc1 (in)" in str(graph)
+
+
+def test_batch_norms_follow_their_convolution():
+    graph = channel_groups(VGG16(width=0.125, pooled=1, batch_norm=True), torch.randn(2, 3, 32, 32))
+    members = group_of(graph, "features.0", "output").members
+    assert members == [
+        Member("features.0", "output"),
+        Member("features.1", "per_channel"),
+        Member("features.3", "input"),
+    ]
+
+
+def test_a_residual_stream_is_one_group():
+    graph = channel_groups(resnet18(width=8), torch.randn(2, 3, 64, 64))
+    stream = {m.module for m in group_of(graph, "layer1.0.conv2", "output").members}
+    assert {"conv1", "bn1", "layer1.0.conv1", "layer1.1.conv2", "layer2.0.downsample.0"} <= stream
+    assert len(group_of(graph, "layer1.0.conv1", "output").members) == 3
+
+
+def test_a_transformer_frees_only_the_hidden_features_of_its_mlp():
+    graph = channel_groups(TransformerBlock(32), torch.randn(2, 5, 32))
+    free = [g for g in graph.groups if g.fixed is None]
+    assert [[m.module for m in g.members] for g in free] == [["up_proj", "down_proj"]]
+
+
+class Oddities(nn.Module):
+    """Reshapes, means, broadcasts, shared and grouped modules, and an operation that mixes channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise, self.grouped = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.Conv2d(8, 8, 1, groups=2),
+        )
+        self.again, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.depthwise(self.first(x))
+        x = self.again(self.again(x) * 2 + 1)
+        x = self.grouped(x)
+        return self.head(torch.softmax(x, 1).mean((2, 3)))
+
+
+def test_unusual_operations_fix_what_they_must():
+    graph = channel_groups(Oddities(), torch.randn(2, 3, 8, 8))
+    stream = group_of(graph, "first", "output")
+    assert Member("depthwise", "per_channel") in stream.members
+    assert group_of(graph, "again", "input") is group_of(graph, "again", "output") is stream
+    assert stream.fixed is not None and "grouped" in stream.fixed
+
+
+def test_data_dependent_control_flow_is_refused_with_advice():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedError, match="torch.fx can trace; Branching failed"):
+        channel_groups(Branching(), torch.randn(2, 3))
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model = VGG16(width=0.125, pooled=1, batch_norm=True).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    channel_groups(model, torch.randn(2, 3, 32, 32))
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_inputs_may_be_tuples_or_keywords():
+    model, x = MLP(8, 16, 4), torch.randn(2, 8)
+    assert len(channel_groups(model, (x,)).groups) == len(channel_groups(model, {"input": x}).groups) == 3
+    with pytest.raises(UnsupportedError, match="example_inputs: wanted"):
+        channel_groups(model, 3)
+
+
+def test_gather_and_scatter_cross_between_orders():
+    order, own = torch.randperm(12), torch.randperm(12)
+    x = torch.randn(12)
+    assert torch.equal(x[order][input_gather(order, own)], x[own])
+    stored = torch.empty(12)
+    stored[output_scatter(order, own)] = x[own]
+    assert torch.equal(stored, x[order])
+    assert input_gather(own, own) is None and output_scatter(own, own) is None
+
+
+def test_unit_order_recognises_whole_channels():
+    channels = torch.randperm(5)
+    assert torch.equal(unit_order(expand(channels, 4), 4), channels)
+    assert unit_order(torch.randperm(20, generator=torch.Generator().manual_seed(1)), 4) is None
