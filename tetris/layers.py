@@ -120,16 +120,16 @@ class BlockSparseLayer(FusedLayer):
             return False
         return not (torch.is_grad_enabled() and (self.values.requires_grad or x.requires_grad))
 
-    def _prepare(self) -> Any:
+    def _prepare(self, x: Tensor) -> Any:
         raise NotImplementedError
 
-    def prepared(self) -> Any:
-        """The CPU path's repacked operands, made once and again whenever the values change."""
+    def prepared(self, x: Tensor) -> Any:
+        """The CPU path's repacked operands, made for inputs of x's size, once and again whenever the values change."""
         if torch.compiler.is_compiling() and self._prepared is not None:
             return self._prepared
         state = (self.values.data_ptr(), self.values._version, self.values.dtype)
         if self._prepared_from != state:
-            self._prepared, self._prepared_from = self._prepare(), state
+            self._prepared, self._prepared_from = self._prepare(x), state
         return self._prepared
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
@@ -250,17 +250,18 @@ class BlockSparseLinear(BlockSparseLayer):
         )  # fmt: skip
         return cast(BlockSparseLinear, _copy_bias(layer, linear.bias, reordering).train(linear.training))
 
-    def _prepare(self) -> Any:
+    def _prepare(self, x: Tensor) -> Any:
         return cpu_linear.prepare(
             self.values, self.indptr, self.indices, in_features=self.in_features, out_features=self.out_features,
             input_permutation=self.input_permutation, output_permutation=self.output_permutation,
+            tokens=x.numel() // self.in_features,
         )  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input(x, -1, None, "BlockSparseLinear")
         ops.check_dtypes("BlockSparseLinear", x, self.values)
         if self._use_prepared(x):
-            return cpu_linear.run(self.prepared(), x, self.bias, activation=self.activation, residual=residual)
+            return cpu_linear.run(self.prepared(x), x, self.bias, activation=self.activation, residual=residual)
         return self._run(x, residual, -1)
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
@@ -348,11 +349,11 @@ class BlockSparseConv2d(BlockSparseLayer):
     def _kernel_size(self) -> tuple[int, ...]:
         return self.kernel_size
 
-    def _prepare(self) -> Any:
+    def _prepare(self, x: Tensor) -> Any:
         return cpu_conv2d.prepare(
             self.blocks, self.indptr, self.indices, c_in=self.in_channels, c_out=self.out_channels,
             kernel_size=self.kernel_size, input_permutation=self.input_permutation,
-            output_permutation=self.output_permutation,
+            output_permutation=self.output_permutation, pixels=x.numel() // self.in_channels,
         )  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -360,7 +361,7 @@ class BlockSparseConv2d(BlockSparseLayer):
         ops.check_dtypes("BlockSparseConv2d", x, self.values)
         if self._use_prepared(x):
             y = cpu_conv2d.run(
-                self.prepared(), x, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
+                self.prepared(x), x, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
                 activation=self.activation, residual=residual,
             )  # fmt: skip
             return F.max_pool2d(y, 2) if self.max_pool else y
