@@ -117,8 +117,9 @@ def block_sparse_conv2d(
             f"hopper convolution: wanted a schedule of {rows * n * h * w} tiles ({rows} rows x {n} x {h} x {w}); "
             f"got one of {len(schedule.order)}; make it with conv2d_schedule for this input and config"
         )
-    shape = (problem.batch, c_out, height // 2, width // 2) if max_pool else (problem.batch, c_out, height, width)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    scale = 2 if max_pool else 1
+    y = torch.empty(problem.batch, height // scale, width // scale, c_out, dtype=x.dtype, device=x.device)
+    y = y.permute(0, 3, 1, 2)
     arguments, constants = launch_arguments(
         x, values, indptr, indices, bias, residual, y, tile, schedule, activation=activation, max_pool=max_pool
     )
@@ -139,7 +140,7 @@ def launch_arguments(
     *,
     activation: str,
     max_pool: bool,
-    turns: bool = True,
+    turns: bool = False,
     producer_warps: int = 1,
 ) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
@@ -200,8 +201,9 @@ def descriptors(
     w_box = [min(WGMMA_ROWS, tile.block_out), tile.tile_k]
     w_layout = NVMMASharedLayout(k_bytes, bits, rank=2)
     w_desc = TensorDescriptor(weights, list(weights.shape), [tile.block_in, 1], w_box, w_layout)
-    (rows, columns), width = tile.y_box, WGMMA_ROWS // tile.parts
-    y_desc = image(y, [rows, columns // (2 if pool else 1), tile.tile_n, width], tile.y_swizzle_bytes)
+    rows, columns, width = tile.rows_per_accumulator, tile.tile_w, WGMMA_ROWS // tile.parts
+    pooled = [max(1, rows // 2), columns // 2] if pool else [rows, columns]
+    y_desc = image(y, [*pooled, tile.tile_n, width], tile.y_swizzle_bytes)
     r_desc = None
     if residual is not None:
         r_desc = image(residual, [rows, columns, tile.tile_n, width], tile.y_swizzle_bytes)

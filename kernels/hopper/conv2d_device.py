@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tetris.kernels.hopper.epilogue_device import activate, pixel_chunk, pool_columns
+from tetris.kernels.hopper.epilogue_device import activate, pool_columns, pool_rows
 
 
 @gluon.jit
@@ -35,30 +35,40 @@ def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
 
 
 @gluon.jit
-def load_input_tile(x_descs, x_buffer, barrier, stage, y0, x0, n0, channel, T: gl.constexpr):
+def load_input_tile(x_descs, x_buffer, x_full, x_empty, xi, y0, x0, n0, channel, T: gl.constexpr):
     """Issue the loads of one input stage: TILE_K channels of the tile and its halo; TMA zero-fills the padding.
 
     ``x_descs``: for even and odd columns (the same where the width's stride is 1), boxes of the tile and of its halo.
     """
+    BANDS: gl.constexpr = len(T.bands)
+    stage = xi % T.x_stages
+    for band in gl.static_range(BANDS):
+        barrier = x_full.index(stage * BANDS + band)
+        mbarrier.wait(x_empty.index(stage * BANDS + band), ((xi // T.x_stages) & 1) ^ 1)
+        mbarrier.expect(barrier, T.bands[band].rows * T.row_bytes)
+        for i in gl.static_range(gl.constexpr(T.bands[band].rows)):
+            load_input_row(x_descs, x_buffer, barrier, stage, T.bands[band].row + i, y0, x0, n0, channel, T)
+
+
+@gluon.jit
+def load_input_row(x_descs, x_buffer, barrier, stage, row: gl.constexpr, y0, x0, n0, channel, T: gl.constexpr):
+    """Issue the loads of one stored row."""
     DTYPE: gl.constexpr = x_buffer.dtype
     LAYOUT: gl.constexpr = x_descs[0].layout
-    ROWS: gl.constexpr = T.input_rows
     LOADS: gl.constexpr = len(T.column_loads)
     BOX: gl.constexpr = [1, T.tile_w, T.tile_n, T.tile_k]
     HALO_BOX: gl.constexpr = [1, T.halo_box, T.tile_n, T.tile_k]
-    mbarrier.expect(barrier, T.x_step_bytes)
-    for row in gl.static_range(ROWS):
-        first = stage * T.stage_groups + row * T.row_groups
-        y = y0 * T.stride_h - T.padding_h + row * T.row_step
-        for i in gl.static_range(LOADS):
-            place = [y, x0 + T.column_loads[i].column, n0, channel]
-            target = x_buffer.index(first + T.column_loads[i].group)
-            if T.column_loads[i].halo:
-                target = target._reinterpret(DTYPE, HALO_BOX, LAYOUT)
-                tma.async_copy_global_to_shared(x_descs[2 * T.column_loads[i].parity + 1], place, barrier, target)
-            else:
-                target = target._reinterpret(DTYPE, BOX, LAYOUT)
-                tma.async_copy_global_to_shared(x_descs[2 * T.column_loads[i].parity], place, barrier, target)
+    first = stage * T.stage_groups + row * T.row_groups
+    y = y0 * T.stride_h - T.padding_h + row * T.row_step
+    for i in gl.static_range(LOADS):
+        place = [y, x0 + T.column_loads[i].column, n0, channel]
+        target = x_buffer.index(first + T.column_loads[i].group)
+        if T.column_loads[i].halo:
+            target = target._reinterpret(DTYPE, HALO_BOX, LAYOUT)
+            tma.async_copy_global_to_shared(x_descs[2 * T.column_loads[i].parity + 1], place, barrier, target)
+        else:
+            target = target._reinterpret(DTYPE, BOX, LAYOUT)
+            tma.async_copy_global_to_shared(x_descs[2 * T.column_loads[i].parity], place, barrier, target)
 
 
 @gluon.jit
@@ -80,10 +90,8 @@ def producer(
         for entry in range(gl.load(indptr + block_row), gl.load(indptr + block_row + 1)):
             column = gl.load(indices + entry)
             for step in range(T.k_steps):
-                stage = xi % T.x_stages
-                mbarrier.wait(x_empty.index(stage), ((xi // T.x_stages) & 1) ^ 1)
                 channel = column * T.block_in + step * T.tile_k
-                load_input_tile(x_descs, x_buffer, x_full.index(stage), stage, y0, x0, n0, channel, T)
+                load_input_tile(x_descs, x_buffer, x_full, x_empty, xi, y0, x0, n0, channel, T)
                 xi += 1
                 for group in range(W_GROUPS):
                     w_stage = wi % T.w_stages
@@ -110,8 +118,26 @@ def load_weights(w_buffer, index, LEFT: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
+def await_bands(x_full, stage, phase, dy: gl.constexpr, WARPGROUP: gl.constexpr, T: gl.constexpr):
+    """Wait for the input rows that kernel row ``dy`` is the first of this warpgroup to read."""
+    BANDS: gl.constexpr = len(T.bands)
+    for band in gl.static_range(BANDS):
+        if T.bands[band].first[WARPGROUP] == dy:
+            mbarrier.wait(x_full.index(stage * BANDS + band), phase)
+
+
+@gluon.jit
+def release_bands(x_empty, stage, dy: gl.constexpr, WARPGROUP: gl.constexpr, T: gl.constexpr):
+    """Give back the input rows that kernel row ``dy`` was the last of this warpgroup to read."""
+    BANDS: gl.constexpr = len(T.bands)
+    for band in gl.static_range(BANDS):
+        if T.bands[band].last[WARPGROUP] == dy:
+            mbarrier.arrive(x_empty.index(stage * BANDS + band))
+
+
+@gluon.jit
 def multiply_step(
-    accs, x_buffer, w_buffer, x_full, w_full, w_empty, turn, xi, wi,
+    accs, x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, turn, xi, wi,
     WARPGROUP: gl.constexpr, R: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """All taps of one step: ``accs`` += weights x shifted tile; returns (accs, weight groups consumed so far).
@@ -134,10 +160,11 @@ def multiply_step(
     w_before = w
     x_stage = xi % T.x_stages
     base = x_stage * T.stage_groups + ROW0 * T.row_stride * T.row_groups
-    mbarrier.wait(x_full.index(x_stage), (xi // T.x_stages) & 1)
     if TURNS:
         mbarrier.wait(turn.index(WARPGROUP), (xi & 1) ^ (1 - WARPGROUP))
     for tap in gl.static_range(TAPS):
+        if tap % T.kernel_width == 0:
+            await_bands(x_full, x_stage, (xi // T.x_stages) & 1, tap // T.kernel_width, WARPGROUP, T)
         started = ()
         for r in gl.static_range(R):
             row = r * T.rows_per_accumulator * T.row_stride + tap // T.kernel_width * T.dilation_h
@@ -149,6 +176,8 @@ def multiply_step(
         if tap > 0:  # the tap before has ended: its weights' registers are free again
             waited = warpgroup_mma_wait(R, deps=started + (w_before,))
             started = waited[:R]
+            if tap % T.kernel_width == 0:
+                release_bands(x_empty, x_stage, tap // T.kernel_width - 1, WARPGROUP, T)
         w_before = w
         if tap + 1 < TAPS:
             if (tap + 1) % T.w_taps == 0:
@@ -163,6 +192,7 @@ def multiply_step(
         if tap + 1 == TAPS:
             waited = warpgroup_mma_wait(0, deps=started + (w_before,))
             started = waited[:R]
+            release_bands(x_empty, x_stage, tap // T.kernel_width, WARPGROUP, T)
         accs = started
     return accs, wi
 
@@ -192,18 +222,14 @@ def consumer(
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32 // T.item_size]
     )
-    CHUNKS: gl.constexpr = T.y_chunks
-    PIXELS: gl.constexpr = N // CHUNKS
-    CHUNK: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 32 // T.item_size]
-    )
     SHRINK: gl.constexpr = 2 if POOL else 1
-    OUT_R: gl.constexpr = R // SHRINK
-    OUT_PIXELS: gl.constexpr = PIXELS // SHRINK
+    PAIRS: gl.constexpr = SHRINK if ROWS == 1 else 1  # accumulators whose maximum is stored: one may hold both rows
+    OUT_PIXELS: gl.constexpr = N * PAIRS // (SHRINK * SHRINK)
     PARTS: gl.constexpr = T.parts
     WIDTH: gl.constexpr = 64 // T.parts
-    BOX: gl.constexpr = [T.y_box[0], T.y_box[1], T.tile_n, WIDTH]
-    OUT_BOX: gl.constexpr = [T.y_box[0], T.y_box[1] // SHRINK, T.tile_n, WIDTH]
+    BOX: gl.constexpr = [ROWS, T.tile_w, T.tile_n, WIDTH]
+    OUT_BOX: gl.constexpr = [ROWS * PAIRS // SHRINK, T.tile_w // SHRINK, T.tile_n, WIDTH]
+    OUT_R: gl.constexpr = R // PAIRS
     xi = 0
     wi = 0
     yi = 0
@@ -217,56 +243,56 @@ def consumer(
             accs = accs + (gl.zeros((64, N), gl.float32, ACC),)
         for _step in range(gl.load(indptr + block_row) * T.k_steps, gl.load(indptr + block_row + 1) * T.k_steps):
             accs, wi = multiply_step(
-                accs, x_buffer, w_buffer, x_full, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
+                accs, x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
             )
             mbarrier.arrive(x_empty.index(xi % T.x_stages))
             xi += 1
 
         if HAS_BIAS:
-            lanes = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
+            lanes = gl.arange(0, 64, gl.SliceLayout(1, ACC))
             channels = row * 64 + lanes
             if PARTS > 1:
                 channels = gl.load(row_of_part + row * PARTS + lanes // WIDTH) * WIDTH + lanes % WIDTH
             shift = gl.load(bias + channels, mask=channels < c_out, other=0.0).to(gl.float32)
         for r in gl.static_range(OUT_R):
-            for chunk in gl.static_range(CHUNKS):
-                tma.store_wait((T.y_stages - 1) * PARTS)
-                out = y_buffer.index(WARPGROUP * T.y_stages + yi % T.y_stages)
-                yi += 1
-                x = x0 + (chunk * T.y_box[1] if T.y_box[0] == 1 else 0)
-                y = y0 + ROW0 + r * ROWS * SHRINK + (0 if T.y_box[0] == 1 else chunk * T.y_box[0])
-                for half in gl.static_range(SHRINK):
-                    value = pixel_chunk(accs[r * SHRINK + half], chunk, CHUNKS, CHUNK)
-                    if HAS_BIAS:
-                        value = value + gl.expand_dims(shift, 1)
-                    if HAS_RESIDUAL:
-                        mbarrier.expect(r_full.index(WARPGROUP), 64 * PIXELS * T.item_size)
-                        for part in gl.static_range(PARTS):
-                            target = out._reinterpret(DTYPE, [PARTS, PIXELS, WIDTH], out.layout).index(part)
-                            target = target._reinterpret(DTYPE, BOX, r_desc.layout)
-                            place = [y + half * ROWS, x, n0, first_channel(row, part, row_of_part, T)]
-                            tma.async_copy_global_to_shared(r_desc, place, r_full.index(WARPGROUP), target)
-                        mbarrier.wait(r_full.index(WARPGROUP), ri & 1)
-                        ri += 1
-                        value = value + out.permute((1, 0)).load(CHUNK).to(gl.float32)
-                    value = activate(value, ACTIVATION)
-                    if half == 0:
-                        kept = value
-                    else:
-                        kept = gl.maximum(kept, value)
-                if POOL:
-                    kept = pool_columns(kept, T.y_box[1], T.tile_n)
-                    out = out._reinterpret(DTYPE, [OUT_PIXELS, 64], out.layout)
-                out.permute((1, 0)).store(kept.to(DTYPE))
-                fence_async_shared()
-                for part in gl.static_range(PARTS):
-                    source = out._reinterpret(DTYPE, [PARTS, OUT_PIXELS, WIDTH], out.layout).index(part)
-                    place = [y // SHRINK, x // SHRINK, n0, first_channel(row, part, row_of_part, T)]
-                    tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
+            tma.store_wait((T.y_stages - 1) * PARTS)
+            out = y_buffer.index(WARPGROUP * T.y_stages + yi % T.y_stages)
+            yi += 1
+            y = y0 + ROW0 + r * ROWS * PAIRS
+            for i in gl.static_range(PAIRS):
+                value = accs[r * PAIRS + i]
+                if HAS_BIAS:
+                    value = value + gl.expand_dims(shift, 1)
+                if HAS_RESIDUAL:
+                    mbarrier.expect(r_full.index(WARPGROUP), 64 * N * T.item_size)
+                    for part in gl.static_range(PARTS):
+                        target = out._reinterpret(DTYPE, [PARTS, N, WIDTH], out.layout).index(part)
+                        target = target._reinterpret(DTYPE, BOX, r_desc.layout)
+                        place = [y + i * ROWS, x0, n0, first_channel(row, part, row_of_part, T)]
+                        tma.async_copy_global_to_shared(r_desc, place, r_full.index(WARPGROUP), target)
+                    mbarrier.wait(r_full.index(WARPGROUP), ri & 1)
+                    ri += 1
+                    value = value + out.permute((1, 0)).load(ACC).to(gl.float32)
+                value = activate(value, ACTIVATION)
+                if i == 0:
+                    kept = value
+                else:
+                    kept = gl.maximum(kept, value)
+            if POOL:
+                if ROWS > 1:
+                    kept = pool_rows(kept, ROWS, T.row_pixels)
+                kept = pool_columns(kept, OUT_BOX[0] * T.tile_w, T.tile_n)
+                out = out._reinterpret(DTYPE, [OUT_PIXELS, 64], out.layout)
+            out.permute((1, 0)).store(kept.to(DTYPE))
+            fence_async_shared()
+            for part in gl.static_range(PARTS):
+                source = out._reinterpret(DTYPE, [PARTS, OUT_PIXELS, WIDTH], out.layout).index(part)
+                place = [y // SHRINK, x0 // SHRINK, n0, first_channel(row, part, row_of_part, T)]
+                tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "tiles_y", "tiles_x", "c_out"])
 def conv2d_kernel(
     x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, bias,
     indptr, indices, blocks, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
@@ -286,19 +312,21 @@ def conv2d_kernel(
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, BITS, rank=2)
     Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.y_swizzle_bytes, BITS, rank=2)
     X_STAGES: gl.constexpr = T.x_stages
+    BANDS: gl.constexpr = len(T.bands)
     W_STAGES: gl.constexpr = T.w_stages
     x_buffer = gl.allocate_shared_memory(DTYPE, [T.x_stages * T.stage_groups, 8, T.tile_k], K_LAYOUT)
     w_buffer = gl.allocate_shared_memory(DTYPE, [T.w_stages * T.w_taps * T.parts, 64 // T.parts, T.tile_k], K_LAYOUT)
-    y_buffer = gl.allocate_shared_memory(DTYPE, [2 * T.y_stages, T.accumulator_pixels // T.y_chunks, 64], Y_LAYOUT)
-    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    y_buffer = gl.allocate_shared_memory(DTYPE, [2 * T.y_stages, T.accumulator_pixels, 64], Y_LAYOUT)
+    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES * BANDS, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES * BANDS, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     r_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(X_STAGES):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=2)
+    for band in gl.static_range(BANDS):
+        for i in gl.static_range(X_STAGES):
+            mbarrier.init(x_full.index(i * BANDS + band), count=1)
+            mbarrier.init(x_empty.index(i * BANDS + band), count=T.bands[band].readers)
     for i in gl.static_range(W_STAGES):
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(w_empty.index(i), count=2)

@@ -29,10 +29,8 @@ def pool_columns(value, TILE_W: gl.constexpr, TILE_N: gl.constexpr):
 
 
 @gluon.jit
-def pixel_chunk(value, index: gl.constexpr, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Half ``index`` of the pixels of [64, N], or all of them if CHUNKS is 1; no data moves between threads."""
-    if CHUNKS == 2:
-        first, second = gl.split(value.reshape([64, 2, value.shape[1] // 2]).permute([0, 2, 1]))
-        value = first if index == 0 else second
-        value = gl.convert_layout(value, LAYOUT, assert_trivial=True)
-    return value
+def pool_rows(value, ROWS: gl.constexpr, ROW_PIXELS: gl.constexpr):
+    """[64, ROWS * ROW_PIXELS] -> [64, ROWS / 2 * ROW_PIXELS]: maximum of neighbouring rows, within a thread."""
+    pairs = value.reshape([64, ROWS // 2, 2, ROW_PIXELS]).permute([0, 1, 3, 2])
+    upper, lower = gl.split(pairs)
+    return gl.maximum(upper, lower).reshape([64, ROWS // 2 * ROW_PIXELS])

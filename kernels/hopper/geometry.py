@@ -42,6 +42,20 @@ class ColumnLoad(NamedTuple):
     halo: bool
 
 
+class Band(NamedTuple):
+    """``rows`` stored rows from ``row`` on; per consumer the first and last kernel row that reads them, -1 = none."""
+
+    row: int
+    rows: int
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+    @property
+    def readers(self) -> int:
+        """Consumers that read the band."""
+        return sum(dy >= 0 for dy in self.first)
+
+
 @dataclass(frozen=True)
 class ConvTile:
     """Geometry of one launch. Hashable: it is a compile-time constant of the kernel.
@@ -53,7 +67,7 @@ class ConvTile:
             powers of two.
         tile_k: input channels of a step; divides BLOCK_IN.
         copies: the ``copies`` order instead of ``images``.
-        x_stages, w_stages, y_stages: ring depths of input tiles, weight groups and output chunks (per consumer).
+        x_stages, w_stages, y_stages: ring depths of input tiles, weight groups and output rows (per consumer).
         w_taps: kernel taps whose weights arrive together; divides KH * KW.
         item_size: bytes of an element.
     """
@@ -194,6 +208,41 @@ class ConvTile:
             return self.row_pixels // GROUP
         return sum(self.tile_w + last - first for first, last in self.planes.values()) * self.tile_n // GROUP
 
+    @cached_property
+    def bands(self) -> tuple[Band, ...]:
+        """The stored rows, those together that the consumers begin and finish to read at the same time.
+
+        Each band has barriers of its own: the next step's first rows arrive while this step still reads its last ones.
+        """
+        uses: dict[int, list[tuple[int, int]]] = {}
+        for row in range(self.input_rows):
+            reads = [self._kernel_rows(warpgroup, row) for warpgroup in (0, 1)]
+            if any(reads):
+                uses[row] = [(min(r), max(r)) if r else (-1, -1) for r in reads]
+        bands: list[Band] = []
+        for row, spans in uses.items():
+            first, last = tuple(a for a, _ in spans), tuple(b for _, b in spans)
+            if bands and (bands[-1].first, bands[-1].last, bands[-1].row + bands[-1].rows) == (first, last, row):
+                bands[-1] = bands[-1]._replace(rows=bands[-1].rows + 1)
+            else:
+                bands.append(Band(row, 1, first, last))
+        return tuple(bands)
+
+    def _kernel_rows(self, warpgroup: int, row: int) -> list[int]:
+        """The kernel rows at which a warpgroup reads a stored row."""
+        start = warpgroup * self.consumer_rows[0]
+        mine = range(start, start + self.consumer_rows[warpgroup])
+        return [
+            dy for dy in range(self.kernel_size[0])
+            if any(y * self.row_stride + dy * self.dilation[0] == row for y in mine)
+        ]  # fmt: skip
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row, all copies of it."""
+        copies = self.kernel_size[1] if self.copies else 1
+        return copies * self.row_groups * GROUP * self.tile_k * self.item_size
+
     @property
     def stage_groups(self) -> int:
         """Groups of one input stage."""
@@ -230,21 +279,16 @@ class ConvTile:
         return ceil_div(self.tile_h, 2), self.tile_h // 2
 
     @property
-    def y_chunks(self) -> int:
-        """Parts in which an accumulator is stored, so that one is staged while another is written out."""
-        return 2 if self.accumulator_pixels >= 128 and self.tile_w > 1 else 1
+    def can_pool(self) -> bool:
+        """Whether warpgroups hold whole 2 x 2 squares: both rows in one accumulator or in two."""
+        joined = self.rows_per_accumulator
+        rows = self.consumer_rows if joined == 1 else (joined,)
+        return all(row % 2 == 0 for row in rows) and self.tile_w % 2 == 0
 
     @property
-    def y_box(self) -> tuple[int, int]:
-        """(rows, columns) of output pixels in one chunk."""
-        if self.rows_per_accumulator > 1:
-            return self.rows_per_accumulator // self.y_chunks, self.tile_w
-        return 1, self.tile_w // self.y_chunks
-
-    @property
-    def y_chunk_bytes(self) -> int:
+    def y_step_bytes(self) -> int:
         """Bytes of one output stage."""
-        return self.accumulator_pixels // self.y_chunks * WGMMA_ROWS * self.item_size
+        return self.accumulator_pixels * WGMMA_ROWS * self.item_size
 
     @property
     def y_swizzle_bytes(self) -> int:
@@ -260,7 +304,7 @@ class ConvTile:
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
         rings = self.x_stages * self.x_step_bytes + self.w_stages * self.w_step_bytes
-        return rings + 2 * self.y_stages * self.y_chunk_bytes + BARRIER_BYTES
+        return rings + 2 * self.y_stages * self.y_step_bytes + BARRIER_BYTES
 
     def problem(self) -> str | None:
         """Why no kernel can have this geometry; None = it can."""

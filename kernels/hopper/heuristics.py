@@ -55,9 +55,7 @@ def supports(
             return str(error)
         if tile.shared_bytes > SHARED_BYTES:
             return f"its tile takes {tile.shared_bytes} bytes of shared memory, {SHARED_BYTES} are there ({tile})"
-        if max_pool and (
-            any(rows % 2 for rows in tile.consumer_rows) or tile.tile_w // tile.y_chunks < 2 or tile.copies
-        ):
+        if max_pool and not tile.can_pool:
             return f"a tile of {tile.tile_h} x {tile.tile_w} cannot pool in registers"
     return None
 
@@ -85,9 +83,11 @@ def complete_tile(problem: Conv2dProblem, config: Conv2dConfig, *, max_pool: boo
         x_stages=config.x_stages or 2,
         w_stages=config.w_stages or 2,
         w_taps=config.w_taps or _weight_taps(taps, 64 * tile_k * item),
-        y_stages=config.y_stages or 2,
+        y_stages=config.y_stages or 1,
         item_size=item,
     ).checked()
+    if not config.y_stages and tile.y_step_bytes <= 8192:
+        tile = replace(tile, y_stages=2)
     if not config.w_stages:
         whole = replace(tile, w_stages=max(2, taps // tile.w_taps))
         tile = whole if whole.shared_bytes <= SHARED_BYTES else tile
@@ -99,8 +99,8 @@ def complete_tile(problem: Conv2dProblem, config: Conv2dConfig, *, max_pool: boo
         most = max(tile.w_stages, MOST_W_BYTES // tile.w_step_bytes)
         tile = replace(tile, w_stages=max(1, min(most, tile.w_stages + spare)))
     if not config.y_stages:
-        spare = (SHARED_BYTES - tile.shared_bytes) // (2 * tile.y_chunk_bytes)
-        tile = replace(tile, y_stages=max(1, min(MOST_Y_STAGES, 2 + spare)))
+        spare = (SHARED_BYTES - tile.shared_bytes) // (2 * tile.y_step_bytes)
+        tile = replace(tile, y_stages=max(1, min(MOST_Y_STAGES, tile.y_stages + spare)))
     return tile
 
 

@@ -1,0 +1,107 @@
+"""The Hopper convolution's tiles of a problem, the likeliest first: an analytic model of one multiprocessor's cycles.
+
+A step of TILE_K channels costs its products or its loads, whichever take longer; a tile adds a fixed cost. Tiles that
+are few per multiprocessor cost their unevenness. The constants were fitted on an H200.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tetris.kernels.configs import ITEM_SIZE, Conv2dConfig, Conv2dProblem, DeviceInfo
+from tetris.kernels.hopper.geometry import ConvTile
+from tetris.kernels.hopper.heuristics import complete_tile, supports
+from tetris.layout import ceil_div
+
+IMAGES = {"images": (8, 16, 32, 64), "copies": (1, 2, 4)}
+ROWS = (2, 4, 6, 7, 8)
+COLUMNS = (1, 2, 4, 8, 16, 32)
+LOAD_BYTES_PER_CYCLE = 30.0
+"""What one multiprocessor gets from L2 while all of them load."""
+MEMORY_BYTES_PER_CYCLE = 19.0
+"""Its share of 4.27 TB/s at 1.7 GHz."""
+TILE_CYCLES, PIXEL_CYCLES = 1200.0, 2.0
+"""Cost of a tile beside its steps: pipeline fill, and the epilogue of each pixel."""
+TAP_CYCLES = 40.0
+"""Issuing one tap's instructions, where its products are too short to hide it."""
+UNEVEN = 0.4
+"""Part of a tile that the busiest multiprocessor has more than the mean."""
+MOST_WASTE = 1.6
+"""Tiles that compute more pixels than this times the output's are not considered."""
+
+
+def ranked_configs(
+    problem: Conv2dProblem, device: DeviceInfo, *, max_pool: bool = False, allow_tf32: bool = False
+) -> list[Conv2dConfig]:
+    """Configs that run the problem, the one with the lowest estimate first; empty where :func:`supports` refuses it.
+
+    Args:
+        problem: the convolution.
+        device: where; its number of multiprocessors decides how large tiles may be.
+        max_pool, allow_tf32: as for :func:`supports`.
+    Cost: some milliseconds on the CPU.
+    """
+    if supports(problem, device, None, max_pool=max_pool, allow_tf32=allow_tf32) is not None:
+        return []
+    found: list[tuple[float, int, Conv2dConfig]] = []
+    for config in _tiles(problem):
+        if supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is None:
+            tile = complete_tile(problem, config, max_pool=max_pool)
+            found.append((estimated_cycles(problem, tile, device, max_pool=max_pool), len(found), config))
+    return [config for _, _, config in sorted(found)]
+
+
+def _tiles(problem: Conv2dProblem) -> list[Conv2dConfig]:
+    """All tiles worth an estimate."""
+    height, width = problem.output_size
+    order = "images" if problem.batch >= 8 else "copies"
+    item = ITEM_SIZE[problem.dtype]
+    steps = sorted({min(problem.block[1], 64 // item), min(problem.block[1], 128 // item)})
+    configs = []
+    for n in IMAGES[order]:
+        for h in ROWS:
+            for w in COLUMNS:
+                computed = ceil_div(problem.batch, n) * n * ceil_div(height, h) * h * ceil_div(width, w) * w
+                large = min(n * h * w, 512) / 64  # a small problem cannot fill large tiles
+                if computed > MOST_WASTE * problem.batch * height * width and large > 1:
+                    continue
+                configs += [
+                    Conv2dConfig(kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=k, input_order=order)
+                    for k in steps
+                ]
+    return configs
+
+
+def estimated_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo, *, max_pool: bool = False) -> float:
+    """Cycles of the busiest multiprocessor; good for ranking tiles, not for predicting times."""
+    pixels = tile.tile_h * tile.row_pixels
+    rows = ceil_div(problem.block_rows, tile.parts)
+    columns = ceil_div(problem.c_in, problem.block[1])
+    kept = problem.n_blocks / (problem.block_rows * columns)
+    blocks = columns * (1 - (1 - kept) ** tile.parts)  # a pair multiplies the union of its rows
+    steps = blocks * tile.k_steps
+    rate = 2048.0 * 2 / tile.item_size * _fullness(tile.accumulator_pixels)
+    products = pixels * 64 * tile.tile_k * tile.taps / rate
+    products = max(products, tile.taps * TAP_CYCLES * (1 if tile.turns else 2))
+    weights = tile.taps * 64 * tile.tile_k * tile.item_size
+    loads = (tile.x_step_bytes + weights) / LOAD_BYTES_PER_CYCLE
+    if tile.x_stages < 2:
+        loads += products
+    cycles = steps * max(products, loads) + TILE_CYCLES + PIXEL_CYCLES * pixels
+    n, h, w = tile.tiles(problem.batch, *problem.output_size)
+    rounds = n * h * w * rows * tile.halves / device.sm_count
+    busiest = max(1.0 + UNEVEN, rounds + UNEVEN) * cycles
+    return max(busiest, _memory_bytes(problem, max_pool) / device.sm_count / MEMORY_BYTES_PER_CYCLE)
+
+
+def _fullness(columns: int) -> float:
+    """Share of the peak that wgmma of so many columns reaches with its left operand in registers."""
+    return {8: 0.2, 16: 0.35, 32: 0.65, 64: 0.96}.get(columns, 1.0)
+
+
+def _memory_bytes(problem: Conv2dProblem, max_pool: bool) -> float:
+    """Input and output once."""
+    height, width = problem.output_size
+    out = height * width * problem.c_out / (4 if max_pool else 1)
+    taken = min(problem.height * problem.width, math.prod(problem.output_size) * problem.taps) * problem.c_in
+    return float(ITEM_SIZE[problem.dtype]) * problem.batch * (out + taken)
