@@ -39,6 +39,7 @@ LAYERS: dict[str, int] = {
     "joint_reordering": 3,
     # L4: modules, graphs, model -> model
     "layers": 4,
+    "stem": 4,
     "fusion": 4,
     "orders": 4,
     "graph": 4,
