@@ -6,6 +6,7 @@ pixels its shared-memory operand, ``acc[out, pixel] += w[out, k] x[pixel, k]``. 
 schedule's list of tiles. Geometry: ``geometry.ConvTile``, a compile-time constant here called T.
 """
 
+# mypy: ignore-errors
 # ruff: noqa: RUF005 -- the compiler's Python has no starred tuples
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""Block-sparse convolutions against cuDNN: every case with a goal, and VGG16's convolutions as a chain.
+
+cuDNN convolves dense random weights (on pruned ones it draws less power and runs faster), channels_last, with
+``benchmark`` on. Each alternative is captured in a CUDA graph, all are interleaved. "tetris" runs the config that the
+analytic model chooses, "tetris tuned" the fastest of the model's ``--candidates`` first ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from tetris.autotune.ceilings import Ceilings, measure_ceilings
+from tetris.bench.conv_cases import CASES, QUICK_CASES
+from tetris.bench.conv_chain import chain_rows
+from tetris.bench.conv_measure import compile_all, measure
+from tetris.bench.report import table
+from tetris.bench.rows import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--candidates", type=int, default=4, help="configs tried a case")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no-chain", action="store_true", help="leave out VGG16's convolutions as a chain")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Measure all cases (those that match); prints each as it is done."""
+    if args.device != "cuda":
+        row = Row("conv", "all", "tetris", status="skipped: needs a Hopper GPU")
+        return [row]
+    torch.backends.cudnn.benchmark = True
+    cases = [case for case in (QUICK_CASES if args.quick else CASES) if args.match in case.name]
+    compile_all(cases, args.candidates)
+    ceilings: dict[str, Ceilings] = {}
+    rows: list[Row] = []
+    for case in cases:
+        if case.dtype not in ceilings:
+            ceilings[case.dtype] = conv_ceilings(case.dtype)
+        rows += measure(case, ceilings[case.dtype], args.candidates, args.repeats)
+        print(f"{case.name}: {rows[-1].speedup:.2f} (floor {case.floor}, target {case.target})", flush=True)
+        torch.cuda.empty_cache()
+    if not (args.quick or args.match or args.no_chain):
+        rows += chain_rows(args.candidates, args.repeats, ceilings.get("float16") or conv_ceilings("float16"))
+    return rows
+
+
+def conv_ceilings(dtype: str) -> Ceilings:
+    """The device's limits for convolutions of that dtype, float32 through tf32 as cuDNN runs it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return measure_ceilings("cuda", getattr(torch, dtype))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def show(rows: list[Row]) -> str:
+    """The table of a run."""
+    return table([replace(row, extra=_short(row.extra)) for row in rows], extra=("floor", "target", "ideal"))
+
+
+def _short(extra: dict[str, object]) -> dict[str, object]:
+    return {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in extra.items()}
