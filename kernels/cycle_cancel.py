@@ -67,7 +67,8 @@ def cancel_cycles_kernel(
     node = tl.arange(0, TILE_R)
     real = node < R
     lane = tl.arange(0, TILE)
-    slot = tl.arange(0, BATCH)
+    item = tl.arange(0, BATCH * GROUPS)  # a group that changed x a group of ours
+    target = program * GROUPS + item % GROUPS
     parent = tl.full((GROUPS,), -1, tl.int32)
     arrivals = 0
     passes = 0
@@ -116,7 +117,7 @@ def cancel_cycles_kernel(
             count = tl.sum(on_cycle.to(tl.int32), axis=0)
             if count > 0:
                 source = tl.where(on_cycle, above, 0)
-                # the slice that enters `node` leaves `vacated`, a position of its parent: the parent's own entrant goes there
+                # the entrant of `node` leaves `vacated`, a position of its parent: the parent's own entrant goes there
                 vacated = tl.load(who_ptr + node * R + source, mask=on_cycle, other=0, cache_modifier=".cg")
                 entrant = tl.load(order_ptr + vacated, mask=on_cycle, other=0)
                 successor = _gather(flag_ptr, node, entrant, source)
@@ -128,25 +129,19 @@ def cancel_cycles_kernel(
                 else:
                     tl.debug_barrier()
                 rank = tl.cumsum(on_cycle.to(tl.int32), axis=0) - 1
+                tl.store(flag_ptr + rank, node, mask=on_cycle)  # the list of groups that changed
+                tl.debug_barrier()
                 for first in range(0, count, BATCH):
-                    chosen = on_cycle[None, :] & (rank[None, :] == (first + slot)[:, None])
-                    group = tl.sum(tl.where(chosen, node[None, :], 0), axis=1)  # [BATCH]
-                    valid = first + slot < count
-                    position = group[:, None] * EDGE + lane[None, :]  # [BATCH, TILE]
-                    mask = valid[:, None] & (lane < EDGE)[None, :] & (position < n)
+                    valid = (first + item // GROUPS < count) & (target < R)
+                    group = tl.load(flag_ptr + first + item // GROUPS, mask=valid, other=0)  # [ITEMS]
+                    position = group[None, :] * EDGE + lane[:, None]  # [TILE, ITEMS]
+                    mask = valid[None, :] & (lane < EDGE)[:, None] & (position < n)
                     slice = tl.load(order_ptr + position, mask=mask, other=0).to(tl.int64)
-                    here = tl.load(values_ptr + slice * R + group[:, None], mask=mask, other=0.0).to(tl.float64)
-                    there = tl.load(
-                        values_ptr + slice[:, :, None] * R + own[None, None, :],
-                        mask=mask[:, :, None] & mask_own[None, None, :],
-                        other=0.0,
-                    ).to(tl.float64)
-                    gain = tl.where(mask[:, :, None], there - here[:, :, None], -1e300)  # [BATCH, TILE, GROUPS]
-                    most = tl.max(gain, axis=1)
-                    where = tl.min(tl.where(gain == most[:, None, :], position[:, :, None], 2147483647), axis=1)
-                    target = own[None, :] * R + group[:, None]
-                    tl.store(enter_ptr + target, most, mask=valid[:, None] & mask_own[None, :])
-                    tl.store(who_ptr + target, where, mask=valid[:, None] & mask_own[None, :])
+                    here = tl.load(values_ptr + slice * R + group[None, :], mask=mask, other=0.0).to(tl.float64)
+                    there = tl.load(values_ptr + slice * R + target[None, :], mask=mask, other=0.0).to(tl.float64)
+                    most, at = tl.max(tl.where(mask, there - here, -1e300), axis=0, return_indices=True)
+                    tl.store(enter_ptr + target * R + group, most, mask=valid)
+                    tl.store(who_ptr + target * R + group, group * EDGE + at, mask=valid)
                 tl.debug_barrier()
                 parent = tl.full((GROUPS,), -1, tl.int32)
                 moves += count
@@ -210,7 +205,7 @@ def cancel_cycles(
         TILE_R=tile_r,
         JUMPS=max(1, (tile_r - 1).bit_length()),
         CHECK=PASSES_PER_CHECK,
-        BATCH=max(1, min(4, 4096 // (tile * groups))),
+        BATCH=max(1, 1024 // (tile * groups)),
         num_warps=8,
         launch_cooperative_grid=programs > 1,
     )

@@ -15,6 +15,8 @@ def grid_barrier(counter_ptr, arrivals):
     """Wait until the counter, which every program raises by one, reaches ``arrivals``."""
     tl.debug_barrier()
     seen = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1
-    while seen < arrivals:
-        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    if seen < arrivals:
+        while tl.load(counter_ptr, volatile=True) < arrivals:
+            pass
+        tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()

@@ -14,7 +14,10 @@ from tetris.kernels.configs import next_power_of_two
 from tetris.layout import ceil_div
 
 TILE_COLUMNS = 512
-GATHERED = 1024
+GATHERED = 4096
+ROWS_IN_CACHE = 2
+"""Long rows that a multiprocessor works on at a time: more would evict each other from its cache."""
+SHORT_ROW_BYTES = 32768
 
 
 @triton.jit
@@ -33,21 +36,23 @@ def row_groups_kernel(x_ptr, order_ptr, y_ptr, M, N, GROUP: tl.constexpr, TILE_N
 
 @triton.jit
 def column_groups_kernel(
-    x_ptr, order_ptr, y_ptr, N, n_groups, GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, TILE_G: tl.constexpr
+    x_ptr, order_ptr, y_ptr, M, N, n_groups, GROUP: tl.constexpr, TILE_GROUP: tl.constexpr, TILE_G: tl.constexpr
 ):
-    """y[m, g] = sum of x[m, order[p]] over the positions p of group g. Grid: rows m; a program walks all groups."""
-    m = tl.program_id(0).to(tl.int64)
+    """y[m, g] = sum of x[m, order[p]] over the positions p of group g. Grid: any; a program walks whole rows."""
     inside = tl.arange(0, TILE_GROUP)
-    for start in range(0, n_groups, TILE_G):
-        groups = start + tl.arange(0, TILE_G)
-        positions = groups[:, None] * GROUP + inside[None, :]  # [TILE_G, TILE_GROUP]
-        mask = (inside < GROUP)[None, :] & (positions < N)
-        columns = tl.load(order_ptr + positions, mask=mask, other=0)
-        x = tl.load(x_ptr + m * N + columns, mask=mask, other=0.0)
-        tl.store(y_ptr + m * n_groups + groups, tl.sum(x, axis=1), mask=groups < n_groups)
+    first = tl.program_id(0).to(tl.int64)
+    for start_m in range(0, M, tl.num_programs(0)):
+        m = start_m + first
+        for start in range(0, n_groups, TILE_G):
+            groups = start + tl.arange(0, TILE_G)
+            positions = groups[:, None] * GROUP + inside[None, :]  # [TILE_G, TILE_GROUP]
+            mask = (inside < GROUP)[None, :] & (positions < N) & (m < M)
+            columns = tl.load(order_ptr + positions, mask=mask, other=0)
+            x = tl.load(x_ptr + m * N + columns, mask=mask, other=0.0)
+            tl.store(y_ptr + m * n_groups + groups, tl.sum(x, axis=1), mask=(groups < n_groups) & (m < M))
 
 
-def group_sums(x: torch.Tensor, order: torch.Tensor, group: int, *, dim: int) -> torch.Tensor:
+def group_sums(x: torch.Tensor, order: torch.Tensor, group: int, *, dim: int, processors: int = 1) -> torch.Tensor:
     """Sums over groups of ``group`` consecutive positions of ``order`` along ``dim``.
 
     Args:
@@ -55,6 +60,7 @@ def group_sums(x: torch.Tensor, order: torch.Tensor, group: int, *, dim: int) ->
         order: int [M] or [N], a permutation: the row or column at every position.
         group: positions a group; the last group may be smaller.
         dim: 0 sums rows, 1 columns.
+        processors: multiprocessors of the device.
     Returns:
         [groups, N] or [M, groups], x's dtype.
     Cost:
@@ -71,5 +77,17 @@ def group_sums(x: torch.Tensor, order: torch.Tensor, group: int, *, dim: int) ->
     y = x.new_empty(M, n_groups)
     tile_group = next_power_of_two(group)
     tile_g = max(1, min(next_power_of_two(n_groups), GATHERED // tile_group))
-    column_groups_kernel[(M,)](x, order, y, N, n_groups, GROUP=group, TILE_GROUP=tile_group, TILE_G=tile_g, num_warps=4)
+    programs = min(M, ROWS_IN_CACHE * processors) if N * x.element_size() > SHORT_ROW_BYTES else M
+    column_groups_kernel[(programs,)](
+        x,
+        order,
+        y,
+        M,
+        N,
+        n_groups,
+        GROUP=group,
+        TILE_GROUP=tile_group,
+        TILE_G=tile_g,
+        num_warps=max(1, min(16, tile_g * tile_group // 256)),
+    )
     return y

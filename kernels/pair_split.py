@@ -13,25 +13,42 @@ import triton.language as tl
 
 from tetris.kernels.configs import next_power_of_two
 from tetris.kernels.grid_barrier import grid_barrier
+from tetris.layout import ceil_div
+
+ELEMENTS_PER_WARP = 1024
+"""Comparisons of a turn, pairs * tile^2, that one warp holds: 32 registers a thread."""
 
 
 @triton.jit
 def _sorted_leavers(values_ptr, order_ptr, begin, end, R, here, there, LOWEST: tl.constexpr, TILE: tl.constexpr):
-    """Members at positions begin..end-1 by descending gain of moving there: (gains, positions, slices), each [TILE]."""
+    """Members at positions begin..end-1 by descending gain of moving there.
+
+    begin, end, here, there are [PAIRS]. Returns gains, positions and slices, each [PAIRS, TILE].
+    """
     lane = tl.arange(0, TILE)
-    position = begin + lane
-    mask = position < end
+    position = begin[:, None] + lane[None, :]  # [PAIRS, TILE]
+    mask = position < end[:, None]
     slice = tl.load(order_ptr + position, mask=mask, other=0, cache_modifier=".cg")
     row = values_ptr + slice.to(tl.int64) * R
-    gain = tl.load(row + there, mask=mask, other=0.0) - tl.load(row + here, mask=mask, other=0.0)
-    gain = tl.where(mask, gain, LOWEST)
-    ahead = (gain[None, :] > gain[:, None]) | ((gain[None, :] == gain[:, None]) & (lane[None, :] < lane[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), axis=1)
-    chosen = rank[:, None] == lane[None, :]  # [member, rank], one True in every column
-    gains = tl.sum(tl.where(chosen, gain[:, None], 0.0), axis=0)
-    positions = tl.sum(tl.where(chosen, position[:, None], 0), axis=0)
-    slices = tl.sum(tl.where(chosen, slice[:, None], 0), axis=0)
+    away = tl.load(row + there[:, None], mask=mask, other=0.0)
+    gain = tl.where(mask, away - tl.load(row + here[:, None], mask=mask, other=0.0), LOWEST)
+    mine, other = gain[:, :, None], gain[:, None, :]
+    ahead = (other > mine) | ((other == mine) & (lane[None, None, :] < lane[None, :, None]))
+    rank = tl.sum(ahead.to(tl.int32), axis=2)
+    chosen = rank[:, :, None] == lane[None, None, :]  # [PAIRS, member, rank], one True in every column
+    gains = tl.sum(tl.where(chosen, mine, 0.0), axis=1)
+    positions = tl.sum(tl.where(chosen, position[:, :, None], 0), axis=1)
+    slices = tl.sum(tl.where(chosen, slice[:, :, None], 0), axis=1)
     return gains, positions, slices
+
+
+@triton.jit
+def _contestants(players_ptr, k, turn, n_even, R):
+    """The groups of the k-th pairs of a turn (circle method) and whether both exist."""
+    a = tl.where(k == 0, n_even - 1, (turn + k) % (n_even - 1))
+    b = (turn + n_even - 1 - k) % (n_even - 1)
+    plays = (k < n_even // 2) & (a < R) & (b < R)
+    return tl.load(players_ptr + a, mask=plays, other=0), tl.load(players_ptr + b, mask=plays, other=0), plays
 
 
 @triton.jit
@@ -43,41 +60,49 @@ def tournament_kernel(
     swaps_ptr,
     counter_ptr,
     epsilon_ptr,
+    n,
     R,
     n_even,
     first_turn,
     turns,
     PROGRAMS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EDGE: tl.constexpr,
     LOWEST: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid: PROGRAMS, all running at once. ``order`` changes in place; ``swaps`` counts."""
-    program = tl.program_id(0)
+    """Grid: PROGRAMS, all running at once, PAIRS pairs each. ``order`` changes in place; ``swaps`` counts.
+
+    EDGE is the size of all groups but the last, 0 where ``offsets`` must tell.
+    """
     epsilon = tl.load(epsilon_ptr)
     lane = tl.arange(0, TILE)
-    total = 0
+    k = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    total = tl.zeros((PAIRS, TILE), tl.int32)
+    g, h, plays = _contestants(players_ptr, k, first_turn % (n_even - 1), n_even, R)
     for step in range(0, turns):
-        turn = (first_turn + step) % (n_even - 1)
-        for k in range(program, n_even // 2, PROGRAMS):
-            a = tl.where(k == 0, n_even - 1, (turn + k) % (n_even - 1))
-            b = (turn + n_even - 1 - k) % (n_even - 1)
-            if (a < R) & (b < R):
-                g = tl.load(players_ptr + a)
-                h = tl.load(players_ptr + b)
-                begin_g, end_g = tl.load(offsets_ptr + g), tl.load(offsets_ptr + g + 1)
-                begin_h, end_h = tl.load(offsets_ptr + h), tl.load(offsets_ptr + h + 1)
-                gain_g, at_g, who_g = _sorted_leavers(values_ptr, order_ptr, begin_g, end_g, R, g, h, LOWEST, TILE)
-                gain_h, at_h, who_h = _sorted_leavers(values_ptr, order_ptr, begin_h, end_h, R, h, g, LOWEST, TILE)
-                fits = (lane < end_g - begin_g) & (lane < end_h - begin_h)
-                swap = fits & (gain_g + gain_h > epsilon)
-                tl.store(order_ptr + at_g, who_h, mask=swap)
-                tl.store(order_ptr + at_h, who_g, mask=swap)
-                total += tl.sum(swap.to(tl.int32), axis=0)
+        if EDGE > 0:
+            begin_g, begin_h = g * EDGE, h * EDGE
+            end_g, end_h = tl.minimum(begin_g + EDGE, n), tl.minimum(begin_h + EDGE, n)
+        else:
+            begin_g, end_g = tl.load(offsets_ptr + g), tl.load(offsets_ptr + g + 1)
+            begin_h, end_h = tl.load(offsets_ptr + h), tl.load(offsets_ptr + h + 1)
+        end_g = tl.where(plays, end_g, begin_g)
+        end_h = tl.where(plays, end_h, begin_h)
+        gain_g, at_g, who_g = _sorted_leavers(values_ptr, order_ptr, begin_g, end_g, R, g, h, LOWEST, TILE)
+        gain_h, at_h, who_h = _sorted_leavers(values_ptr, order_ptr, begin_h, end_h, R, h, g, LOWEST, TILE)
+        fits = (lane[None, :] < (end_g - begin_g)[:, None]) & (lane[None, :] < (end_h - begin_h)[:, None])
+        swap = fits & (gain_g + gain_h > epsilon)
+        tl.store(order_ptr + at_g, who_h, mask=swap)
+        tl.store(order_ptr + at_h, who_g, mask=swap)
+        total += swap.to(tl.int32)
+        # the next turn's pairs do not depend on this one's outcome: ask for them before the barrier
+        g, h, plays = _contestants(players_ptr, k, (first_turn + step + 1) % (n_even - 1), n_even, R)
         if PROGRAMS > 1:
             grid_barrier(counter_ptr, (step + 1) * PROGRAMS)
         else:
             tl.debug_barrier()
-    tl.atomic_add(swaps_ptr, total)
+    tl.atomic_add(swaps_ptr, tl.sum(tl.sum(total, axis=1), axis=0))
 
 
 def play_tournament(
@@ -90,6 +115,7 @@ def play_tournament(
     epsilon: float,
     capacity: int,
     programs: int,
+    uniform: bool = True,
 ) -> torch.Tensor:
     """Turns of a tournament; ``order`` changes in place.
 
@@ -101,18 +127,20 @@ def play_tournament(
         first_turn, turns: of the R - 1 (R even) or R turns of a full tournament; they wrap around.
         epsilon: smallest gain worth a swap.
         capacity: the size of the largest group.
-        programs: how many run, at most the number of multiprocessors; 1 in the interpreter.
+        programs: how many may run at the same time: the number of multiprocessors; 1 in the interpreter.
+        uniform: whether all groups but a smaller last one have ``capacity`` members; it saves a load a turn.
     Returns:
         int32 [1] on the device: the number of swaps.
     Cost:
         about 4 n scattered reads a turn; a barrier a turn.
     """
-    R = values.shape[1]
+    n, R = values.shape
     counts = torch.zeros(2, dtype=torch.int32, device=values.device)
     limit = torch.full((1,), epsilon, dtype=values.dtype, device=values.device)
     tile = next_power_of_two(capacity)
     n_even = R + R % 2
-    programs = max(1, min(programs, n_even // 2))
+    pairs = next_power_of_two(ceil_div(n_even // 2, programs))
+    programs = ceil_div(n_even // 2, pairs)
     tournament_kernel[(programs,)](
         values,
         order,
@@ -121,14 +149,17 @@ def play_tournament(
         counts,
         counts[1:],
         limit,
+        n,
         R,
         n_even,
         first_turn,
         turns,
         PROGRAMS=programs,
+        PAIRS=pairs,
+        EDGE=capacity if uniform else 0,
         LOWEST=-1e30,
         TILE=tile,
-        num_warps=max(1, min(32, tile * tile // 1024)),
+        num_warps=max(1, min(32, pairs * tile * tile // ELEMENTS_PER_WARP)),
         launch_cooperative_grid=programs > 1,
     )
     return counts[:1]

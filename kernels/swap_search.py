@@ -74,24 +74,24 @@ def best_leavers_kernel(
 
 @triton.jit
 def _members(order_ptr, group, i, j, slice_i, slice_j, n, EDGE: tl.constexpr, TILE: tl.constexpr):
-    """Slices and positions of a group after positions i and j have changed places."""
+    """Slices of a group after positions i and j have changed places, and which lanes hold one."""
     lane = tl.arange(0, TILE)
     position = group * EDGE + lane
     mask = (lane < EDGE) & (position < n)
     slice = tl.load(order_ptr + position, mask=mask, other=0)
     slice = tl.where(position == i, slice_j, tl.where(position == j, slice_i, slice))
-    return slice.to(tl.int64), position, mask
+    return slice.to(tl.int64), mask
 
 
 @triton.jit
-def _leavers(values_ptr, slice, position, mask, here, towards, mask_k, R):
-    """(most gained, lowest position that gains it) by a member's move from ``here`` to each of ``towards``."""
+def _leavers(values_ptr, slice, mask, group, towards, mask_k, R, EDGE: tl.constexpr):
+    """(most gained, lowest position that gains it) by the move of a member of ``group`` to each of ``towards``."""
     row = values_ptr + slice * R
     there = tl.load(row[:, None] + towards[None, :], mask=mask[:, None] & mask_k[None, :], other=0.0)
-    own = tl.load(row + here, mask=mask, other=0.0)
+    own = tl.load(row + group, mask=mask, other=0.0)
     gain = tl.where(mask[:, None], there - own[:, None], -1e30)  # [TILE, TILE_K]
-    best = tl.max(gain, axis=0)
-    return best, tl.min(tl.where(gain == best[None, :], position[:, None], 2147483647), axis=0)
+    best, at = tl.max(gain, axis=0, return_indices=True)
+    return best, group * EDGE + at
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def swap_search_kernel(
     offer_ptr,  # [2, PROGRAMS]
     offer_key_ptr,  # int64 [2, PROGRAMS]
     counter_ptr,  # int32 [1], zero
-    swaps_ptr,  # int64 [1]
+    swaps_ptr,  # int64 [2]: swaps made, barriers passed
     trace_ptr,  # int64 [trace_length, 2]
     epsilon_ptr,
     trace_length,
@@ -183,10 +183,10 @@ def swap_search_kernel(
                 back_h = tl.load(leave_ptr + own * R + h, mask=mask_own, other=0.0, cache_modifier=".cg")
                 from_g = tl.load(who_ptr + own * R + g, mask=mask_own, other=0, cache_modifier=".cg")
                 from_h = tl.load(who_ptr + own * R + h, mask=mask_own, other=0, cache_modifier=".cg")
-                in_g, at_g, mask_g = _members(order_ptr, g, i, j, slice_i, slice_j, n, EDGE, TILE)
-                in_h, at_h, mask_h = _members(order_ptr, h, i, j, slice_i, slice_j, n, EDGE, TILE)
-                leave_g, who_g = _leavers(values_ptr, in_g, at_g, mask_g, g, own, mask_own, R)
-                leave_h, who_h = _leavers(values_ptr, in_h, at_h, mask_h, h, own, mask_own, R)
+                in_g, mask_g = _members(order_ptr, g, i, j, slice_i, slice_j, n, EDGE, TILE)
+                in_h, mask_h = _members(order_ptr, h, i, j, slice_i, slice_j, n, EDGE, TILE)
+                leave_g, who_g = _leavers(values_ptr, in_g, mask_g, g, own, mask_own, R, EDGE)
+                leave_h, who_h = _leavers(values_ptr, in_h, mask_h, h, own, mask_own, R, EDGE)
                 # the pair {g, h} itself, held in row g
                 row_g = values_ptr + in_g * R
                 row_h = values_ptr + in_h * R
@@ -194,10 +194,8 @@ def swap_search_kernel(
                 across_h = tl.load(row_h + g, mask=mask_h, other=0.0) - tl.load(row_h + h, mask=mask_h, other=0.0)
                 across_g = tl.where(mask_g, across_g, -1e30)
                 across_h = tl.where(mask_h, across_h, -1e30)
-                most_g = tl.max(across_g, axis=0)
-                most_h = tl.max(across_h, axis=0)
-                first_g = tl.min(tl.where(across_g == most_g, at_g, 2147483647), axis=0)
-                first_h = tl.min(tl.where(across_h == most_h, at_h, 2147483647), axis=0)
+                most_g, first_g = tl.max(across_g, axis=0, return_indices=True)
+                most_h, first_h = tl.max(across_h, axis=0, return_indices=True)
                 tl.debug_barrier()  # every thread has read the order before it changes
                 tl.store(order_ptr + i, slice_j)
                 tl.store(order_ptr + j, slice_i)
@@ -235,10 +233,15 @@ def swap_search_kernel(
                         pair = tl.where(columns == h, most_g + most_h, -1e30) if side == 0 else columns * 0.0 - 1e30
                         tl.store(gain_ptr + emptied * R + columns, pair.to(gain_ptr.dtype.element_ty), mask=columns < R)
                 bound = tl.where(own == g, most_g + most_h, tl.where(own == h, -1e30, bound))
-                key = tl.where(own == g, _pair_key(first_g, first_h), tl.where(own == h, 4611686018427387904, key))
+                key = tl.where(
+                    own == g,
+                    _pair_key(g * EDGE + first_g, h * EDGE + first_h),
+                    tl.where(own == h, 4611686018427387904, key),
+                )
                 partner = tl.where(own == g, h, tl.where(own == h, -1, partner))
     if program == 0:
         tl.store(swaps_ptr, swaps.to(tl.int64))
+        tl.store(swaps_ptr + 1, rounds.to(tl.int64))
 
 
 def swap_search(
@@ -261,7 +264,7 @@ def swap_search(
         epsilon: smallest gain worth a swap, in units of importance.
         trace: int64 [any, 2] on the device; receives the positions (i, j) of the first swaps.
     Returns:
-        int64 [1] on the device: the number of swaps.
+        int64 [2] on the device: the number of swaps and of barriers.
     Cost:
         one read of values, then 2 * edge * R scattered reads and one barrier a swap; 3 R^2 words of state.
     """
@@ -279,7 +282,7 @@ def swap_search(
     later = torch.ones(R, R, dtype=torch.bool, device=device).triu(1)
     gain = torch.where(later, leave + leave.T, LOWEST)
     orders = order32.repeat(programs, 1)
-    swaps = torch.zeros(1, dtype=torch.int64, device=device)
+    swaps = torch.zeros(2, dtype=torch.int64, device=device)
     trace = torch.empty(0, 2, dtype=torch.int64, device=device) if trace is None else trace
     swap_search_kernel[(programs,)](
         values,

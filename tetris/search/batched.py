@@ -11,7 +11,7 @@ import torch
 
 from tetris.search.greedy import smallest_gain
 from tetris.search.partition import Partition
-from tetris.search.sums import require_triton
+from tetris.search.sums import processors, require_triton
 
 _PARALLEL_GROUPS = 128
 
@@ -66,7 +66,8 @@ def _sweep_on_gpu(
         turns,
         epsilon,
         capacity=partition.capacity,
-        programs=torch.cuda.get_device_properties(values.device).multi_processor_count,
+        uniform=partition.edge is not None,
+        programs=processors(values.device),
     )
     partition.order.copy_(order)
     return swaps

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tetris.search.partition import Partition
-from tetris.search.sums import require_triton
+from tetris.search.sums import processors, require_triton
 
 UNLIMITED = 2**62
 
@@ -65,10 +65,9 @@ def _greedy_on_gpu(values: torch.Tensor, partition: Partition, trace: torch.Tens
     require_triton("reorder")
     from tetris.kernels.swap_search import default_swap_search_config, swap_search
 
-    processors = torch.cuda.get_device_properties(values.device).multi_processor_count
-    config = default_swap_search_config(partition.n_groups, processors)
+    config = default_swap_search_config(partition.n_groups, processors(values.device))
     record = None if trace is None else trace.to(values.device)
     count = swap_search(values.contiguous(), partition.order, edge, smallest_gain(values), config=config, trace=record)
     if trace is not None and record is not None:
         trace.copy_(record)
-    return int(count)
+    return int(count[0])

@@ -28,7 +28,7 @@ def group_sums(matrix: torch.Tensor, order: torch.Tensor, group: int, dim: int) 
         require_triton("reorder")
         from tetris.kernels import group_sums as kernels
 
-        return kernels.group_sums(matrix, order, group, dim=dim)
+        return kernels.group_sums(matrix, order, group, dim=dim, processors=processors(matrix.device))
     from tetris.search import numba_kernels
 
     labels = torch.empty_like(order)
@@ -50,6 +50,11 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     for start in range(0, left.shape[0], 4096):
         result[start : start + 4096] = left[start : start + 4096].double() @ right
     return result
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU: as many programs run at the same time for certain."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def require_triton(what: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from tetris.permutation import identity
 from tetris.search.batched import sweep, turns_of_sweep
 from tetris.search.partition import Partition
-from tetris.search.sums import require_triton
+from tetris.search.sums import processors, require_triton
 
 _MAX_SWEEPS = 4
 _MAX_PASSES = 1_000_000
@@ -110,8 +110,9 @@ def _solve_on_gpu(values: torch.Tensor, partition: Partition, tolerance: float) 
         moves += swaps
         if not swaps:
             break
-    processors = torch.cuda.get_device_properties(values.device).multi_processor_count
-    result, prices = cancel_cycles(values, partition.order, partition.edge, tolerance, processors=processors)
+    result, prices = cancel_cycles(
+        values, partition.order, partition.edge, tolerance, processors=processors(values.device)
+    )
     cancelled, _, ended = result.tolist()
     return moves, cancelled, bool(ended), prices.cpu()
 
