@@ -70,7 +70,7 @@ def test_untraceable_models_convert_with_a_warning():
             return super().forward(x if x.sum() > 0 else -x)
 
     model, x = Branching(32, 64, 32), torch.randn(3, 32)
-    with pytest.raises(UnsupportedError, match="torch.fx can trace"):
+    with pytest.raises(UnsupportedError, match=r"torch\.fx can trace"):
         tetris.prune(model, 0.5, permutations="shared", example_inputs=x)
     pruned = tetris.prune(model, 0.5, block=8, example_inputs=x)
     with pytest.warns(UserWarning, match="every layer keeps its own permutations"):

@@ -80,7 +80,7 @@ def test_data_dependent_control_flow_is_refused_with_advice():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(UnsupportedError, match="torch.fx can trace; Branching failed"):
+    with pytest.raises(UnsupportedError, match=r"torch\.fx can trace; Branching failed"):
         channel_groups(Branching(), torch.randn(2, 3))
 
 

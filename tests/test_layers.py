@@ -96,7 +96,7 @@ def test_empty_block_rows_compute_the_bias():
 
 
 def test_the_cpu_path_notices_new_values_moves_and_copies():
-    conv, masked, r = conv_pair()
+    conv, _, r = conv_pair()
     layer, x = tetris.BlockSparseConv2d.from_dense(conv, r), torch.randn(1, 40, 6, 6)
     y = layer(x)
     clone = pickle.loads(pickle.dumps(layer))
@@ -184,7 +184,7 @@ def test_wrong_inputs_are_named():
         layer(torch.randn(1, 41, 6, 6))
     with pytest.raises(ShapeError, match=r"\[N, C_IN, H, W\]"):
         layer(torch.randn(40, 6, 6))
-    with pytest.raises(UnsupportedError, match="float16 on cpu.*convert one"):
+    with pytest.raises(UnsupportedError, match=r"float16 on cpu.*convert one"):
         layer(torch.randn(1, 40, 6, 6).half())
 
 

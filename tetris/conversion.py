@@ -1,8 +1,8 @@
 """``tetris.convert``: a pruned model -> the same function with block-sparse layers, permutations folded away.
 
 The model is traced, every channel group gets a storage order (``tetris.orders``), parameters follow it, batch norms,
-activations and residual adds are fused (``tetris.fusion``), and pruned layers become block-sparse layers. What cannot be
-traced keeps its own code; its layers then permute their inputs and outputs themselves.
+activations and residual adds are fused (``tetris.fusion``), and pruned layers become block-sparse layers. What cannot
+be traced keeps its own code; its layers then permute their inputs and outputs themselves.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def convert(
     found = {n: r for n, r in reorderings(model).items() if r.block_mask is not None}
     if not found:
         raise TetrisError(
-            "convert: wanted a model with layers pruned by blocks; got none; call tetris.prune(model, sparsity=...) first"
+            "convert: wanted a model with layers pruned by blocks; got none; "
+            "call tetris.prune(model, sparsity=...) first"
         )
     masked = set(reorderings(model))
     model = copy.deepcopy(model).eval().requires_grad_(False)

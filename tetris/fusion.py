@@ -1,4 +1,4 @@
-"""Fusing a traced model: batch norms into convolutions; activations, residual adds and pooling into block-sparse epilogues."""
+"""Fusing a traced model: batch norms into convolutions; activations, residual adds and pooling into epilogues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLayer, FusedLayer
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.silu: "silu", F.gelu: "gelu", "relu": "relu", "relu_": "relu",
+    F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu",
+    F.relu6: "relu6", F.silu: "silu", F.gelu: "gelu",
 }  # fmt: skip
 ADDITIONS: set[Callable | str] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -33,7 +34,7 @@ def single_user(node: fx.Node) -> fx.Node | None:
 
 
 def fold_batch_norms(traced: fx.GraphModule) -> dict[str, str]:
-    """Scale and shift of every evaluation-mode BatchNorm2d that directly follows a convolution go into that convolution.
+    """Scale and shift of every evaluation-mode BatchNorm2d that directly follows a convolution go into the latter.
 
     Works in float32 and stores in the convolution's dtype. Returns {convolution: batch norm} by name.
     """
@@ -125,17 +126,10 @@ def _pools(layer: FusedLayer) -> bool:
 
 def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node is plain 2x2 max-pooling with stride 2."""
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     if node.op == "call_module" and type(module := modules[str(node.target)]) is nn.MaxPool2d:
-        settings = [
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.ceil_mode,
-            module.return_indices,
-        ]
+        settings = [getattr(module, name) for name in names]
     elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         given = dict(zip(names, (None, None, 0, 1, False, False))) | dict(zip(names, node.args[1:])) | node.kwargs
         settings = [given[name] for name in names]
         settings[1] = settings[1] or settings[0]

@@ -82,7 +82,8 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
         return tuple(example_inputs), {}
     if not isinstance(example_inputs, torch.Tensor):
         raise UnsupportedError(
-            f"example_inputs: wanted a tensor, a tuple of arguments or a dict of keywords; got {describe(example_inputs)}"
+            "example_inputs: wanted a tensor, a tuple of arguments or a dict of keywords; "
+            f"got {describe(example_inputs)}"
         )
     return (example_inputs,), {}
 
@@ -110,8 +111,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
         except Exception as error:  # fx raises many kinds: TraceError, TypeError, AttributeError, RuntimeError ...
             raise UnsupportedError(
                 f"trace: wanted a model that torch.fx can trace; {type(model).__name__} failed with "
-                f"{type(error).__name__}: {error}; move control flow that depends on tensor values out of forward, or use "
-                "permutations='separate', which needs no tracing"
+                f"{type(error).__name__}: {error}; move control flow that depends on tensor values out of forward, "
+                "or use permutations='separate', which needs no tracing"
             ) from error
         placeholders = [str(n.target) for n in traced.graph.nodes if n.op == "placeholder"]
         with torch.no_grad():
@@ -132,35 +133,25 @@ class _Label:
 
 
 ELEMENTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
-    nn.Mish, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish,
+    nn.Hardsigmoid, nn.Mish, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout,
 )  # fmt: skip
 POOLING_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d)
 ELEMENTWISE_FUNCTIONS: set[Callable] = {
-    F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.hardtanh,
-    F.hardswish, F.hardsigmoid, F.mish, F.softplus, F.dropout, torch.clamp, torch.abs, torch.square, torch.exp,
+    F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh,
+    F.hardtanh, F.hardswish, F.hardsigmoid, F.mish, F.softplus, F.dropout, torch.clamp, torch.abs, torch.square,
+    torch.exp,
 }  # fmt: skip
 POOLING_FUNCTIONS: set[Callable] = {
     F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,
 }  # fmt: skip
 BINARY_FUNCTIONS: set[Callable] = {
-    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, torch.add, torch.sub,
-    torch.mul, torch.div, torch.maximum, torch.minimum,
+    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
+    torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum,
 }  # fmt: skip
 ELEMENTWISE_METHODS = {
-    "relu",
-    "relu_",
-    "sigmoid",
-    "tanh",
-    "clamp",
-    "contiguous",
-    "detach",
-    "clone",
-    "float",
-    "half",
-    "abs",
-    "square",
-}
+    "relu", "relu_", "sigmoid", "tanh", "clamp", "contiguous", "detach", "clone", "float", "half", "abs", "square",
+}  # fmt: skip
 BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div"}
 
 
@@ -237,7 +228,7 @@ class _Grouping:
         return _Label(self.new_group(shape[dim], reason), dim)
 
     def unknown(self, node: fx.Node) -> None:
-        """An operation that may mix channels: everything that enters keeps its order, what leaves has none to follow."""
+        """An operation that may mix channels: what enters keeps its order, what leaves has none to follow."""
         for argument in node.all_input_nodes:
             self.fix(self.label_of(argument), f"{node.name} may mix channels")
 

@@ -31,7 +31,8 @@ def importance_of(weight: torch.Tensor, importance: Importance = "l1") -> torch.
             raise ShapeError(f"importance: wanted the weight's shape {tuple(weight.shape)}; got {describe(importance)}")
         if not torch.isfinite(importance).all() or (importance < 0).any():
             raise TetrisError(
-                "importance: wanted finite entries >= 0; got NaN, Inf or negative ones; pass |gradient * weight| or the like"
+                "importance: wanted finite entries >= 0; got NaN, Inf or negative ones; "
+                "pass |gradient * weight| or the like"
             )
         return importance.detach().to(weight)
     if importance == "l1":

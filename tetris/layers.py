@@ -94,7 +94,7 @@ class BlockSparseLayer(FusedLayer):
         return self.values
 
     def dense_weight(self) -> Tensor:
-        """The dense weight [C_OUT, C_IN, ...] in the order of the layer's inputs and outputs; pruned blocks are zero."""
+        """The dense weight [C_OUT, C_IN, ...] in the order of the inputs and outputs; pruned blocks are zero."""
         weight = unpack(self.blocks, self.layout, self._kernel_size())
         if self.output_permutation is not None:
             weight = weight[inverse(self.output_permutation)]
@@ -139,7 +139,7 @@ class BlockSparseLayer(FusedLayer):
         raise NotImplementedError
 
     def _run(self, x: Tensor, residual: Tensor | None, dim: int) -> Tensor:
-        """The registered operation; on a GPU between explicit permutations, since scattered 2-byte accesses cost more."""
+        """The registered operation; on a GPU between explicit permutations: scattered 2-byte accesses cost more."""
         if x.device.type == "cpu":
             return self._call(x, residual, (self.input_permutation, self.output_permutation), Launch())
         if self.input_permutation is not None:
@@ -336,9 +336,9 @@ class BlockSparseConv2d(BlockSparseLayer):
         values, layout, kept = _packed(conv.weight, reordering, "BlockSparseConv2d.from_dense")
         own = _own_permutations(reordering, input_permutation, output_permutation)
         layer = cls(
-            conv.in_channels, conv.out_channels, _pair(conv.kernel_size), layout.block, layout.n_blocks, _pair(conv.stride),
-            padding, _pair(conv.dilation), values=values, layout=layout, bias=conv.bias is not None, activation=activation,
-            kept_fraction=kept, config=config, **own,
+            conv.in_channels, conv.out_channels, _pair(conv.kernel_size), layout.block, layout.n_blocks,
+            _pair(conv.stride), padding, _pair(conv.dilation), values=values, layout=layout,
+            bias=conv.bias is not None, activation=activation, kept_fraction=kept, config=config, **own,
         )  # fmt: skip
         return cast(BlockSparseConv2d, _copy_bias(layer, conv.bias, reordering).train(conv.training))
 
@@ -370,8 +370,8 @@ class BlockSparseConv2d(BlockSparseLayer):
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
         return ops.block_sparse_conv2d(
             x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
-            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation, self.max_pool,
-            torch.backends.cudnn.allow_tf32, launch.config,
+            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
+            self.max_pool, torch.backends.cudnn.allow_tf32, launch.config,
         )  # fmt: skip
 
     def _make_launch(self, x: Tensor) -> Launch:
@@ -427,5 +427,6 @@ def _own_permutations(reordering: Reordering, given_in: Any, given_out: Any) -> 
 def _copy_bias(layer: BlockSparseLayer, bias: Tensor | None, reordering: Reordering) -> BlockSparseLayer:
     if bias is not None and layer.bias is not None:
         with torch.no_grad():
-            layer.bias.copy_(apply(bias, {0: p for d, p in reordering.permutations.items() if d == 0}))
+            order = reordering.permutations.get(0)
+            layer.bias.copy_(bias if order is None else apply(bias, {0: order}))
     return layer

@@ -1,7 +1,7 @@
 """``tetris.prune``: a masked copy of a model, in the original channel order, ready to fine-tune.
 
-The mask is a parametrization of each pruned weight, so any optimizer trains the copy as it is: pruned elements stay zero,
-no reordering happens while training (the paper's un-permuted mask), and state dicts carry mask and permutations.
+The mask is a parametrization of each pruned weight, so any optimizer trains the copy as it is: pruned elements stay
+zero, no reordering happens while training (the paper's un-permuted mask), and state dicts carry mask and permutations.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class MaskedWeight(nn.Module):
             out, inner = ordered.nonzero().unbind(1)
             block_mask[block_row_of(shape[0], self.block[0])[out], block_row_of(shape[1], self.block[1])[inner]] = True
         return Reordering(
-            shape=shape, block=self.block or (1, 1), sparsity=self.sparsity, method=self.method, permutations=permutations,
-            block_mask=block_mask, keep_mask=self.mask.expand(shape), retained=self.retained,
+            shape=shape, block=self.block or (1, 1), sparsity=self.sparsity, method=self.method,
+            permutations=permutations, block_mask=block_mask, keep_mask=self.mask.expand(shape),
+            retained=self.retained,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -106,7 +107,8 @@ def bake_masks(model: nn.Module) -> nn.Module:
         module = model.get_submodule(name)
         if set(module.parametrizations) != {"weight"} or len(module.parametrizations["weight"]) != 1:  # type: ignore[arg-type,index]
             raise UnsupportedError(
-                f"bake_masks: wanted {name} to have its mask as the only parametrization; it has others; remove them first"
+                f"bake_masks: wanted {name} to have its mask as the only parametrization; it has others; "
+                "remove them first"
             )
         # remove_parametrizations would edit the class, which copies of the model share.
         weight, trainable = module.weight.detach(), module.parametrizations["weight"].original.requires_grad  # type: ignore[union-attr,operator,index]
@@ -288,7 +290,8 @@ def _from_joint(
     ordered = expand_block_mask(block_mask, tuple(weight.shape[:2]), layout.block)
     pairs = apply(ordered, {dim: inverse(p) for dim, p in permutations.items()}).to(weight.device)
     return Reordering(
-        shape=tuple(weight.shape), block=layout.block, sparsity=request.sparsity, method=method, permutations=permutations,
-        block_mask=block_mask, keep_mask=pairs.reshape(*pairs.shape, *(1 for _ in weight.shape[2:])).expand(weight.shape),
+        shape=tuple(weight.shape), block=layout.block, sparsity=request.sparsity, method=method,
+        permutations=permutations, block_mask=block_mask,
+        keep_mask=pairs.reshape(*pairs.shape, *(1 for _ in weight.shape[2:])).expand(weight.shape),
         retained=joint.retained[index], n_swaps=joint.n_swaps, seconds=joint.seconds,
     )  # fmt: skip

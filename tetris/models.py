@@ -7,6 +7,7 @@ ResNet-50, a plain MLP and a pre-norm transformer block.
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -174,7 +175,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *features: int, activation: type[nn.Module] = nn.ReLU) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, (inner, out) in enumerate(zip(features, features[1:])):
+        for i, (inner, out) in enumerate(pairwise(features)):
             layers[f"fc{i + 1}"] = nn.Linear(inner, out)
             if i < len(features) - 2:
                 layers[f"act{i + 1}"] = activation()
@@ -182,7 +183,7 @@ class MLP(nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block in Hugging Face's shape: q/k/v/out projections and a two-layer MLP; [B, T, width]."""
+    """A pre-norm transformer block in Hugging Face's shape: q/k/v/out projections, two-layer MLP; [B, T, width]."""
 
     def __init__(self, width: int = 256, heads: int = 4, hidden: int | None = None) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Block-sparse operations registered with torch: ``torch.ops.tetris.*``.
 
-Registration gives them shapes without data (fake kernels), gradients and an identity that torch.compile, CUDA graphs and
-torch.export can keep. A CUDA tensor runs a Triton kernel, a CPU tensor native dense operations on the kept inputs.
+Registration gives them shapes without data (fake kernels), gradients and an identity that torch.compile, CUDA graphs
+and torch.export can keep. A CUDA tensor runs a Triton kernel, a CPU tensor native dense operations on the kept inputs.
 Arguments are plain: packed values and their layout, permutations or None, a config as JSON ("" = analytic default).
 """
 
@@ -50,8 +50,8 @@ def check_dtypes(op: str, x: Tensor, values: Tensor) -> None:
     """Inputs and weights must share one supported dtype and one device."""
     if x.dtype != values.dtype or x.device != values.device or x.dtype not in DTYPES:
         raise UnsupportedError(
-            f"{op}: wanted input and weights on one device in one of float16, bfloat16, float32; got input {describe(x)} "
-            f"and weights {describe(values)}; convert one with .to(...)"
+            f"{op}: wanted input and weights on one device in one of float16, bfloat16, float32; "
+            f"got input {describe(x)} and weights {describe(values)}; convert one with .to(...)"
         )
 
 
@@ -293,9 +293,8 @@ def _register_dense_gradient(op: Any, dense: Callable[..., Tensor]) -> None:
 
     Training a converted layer therefore costs what the dense layer costs; fine-tune the masked model instead.
     """
-    n_tensors = (
-        8  # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
-    )
+    # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
+    n_tensors = 8
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:n_tensors])

@@ -49,7 +49,7 @@ def unpack(values: torch.Tensor, layout: BlockLayout, kernel_size: tuple[int, ..
 
 
 def pack_stem(weight: torch.Tensor) -> torch.Tensor:
-    """[C_OUT, C_IN, KH, KW] -> [C_OUT, KH * KW * C_IN], taps row by row, channels fastest: the order of an NHWC patch."""
+    """[C_OUT, C_IN, KH, KW] -> [C_OUT, KH * KW * C_IN]: the order of an NHWC patch, channels fastest."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()
 
 

@@ -80,7 +80,7 @@ def expand_block_mask(block_mask: torch.Tensor, shape: tuple[int, ...], block: t
 
 @dataclass(frozen=True)
 class BlockPruning:
-    """The paper's study case: blocks over (output, input) channels with all kernel taps; a block's importance is its sum."""
+    """The paper's study case: blocks over (output, input) channels and all kernel taps; importance is a block's sum."""
 
     block: tuple[int, int]
 

@@ -68,7 +68,8 @@ def resolve_sparsity(spec: Any, layers: Mapping[str, nn.Module], structure: Any 
     elif isinstance(spec, Sequence) and not isinstance(spec, str):
         if len(spec) != len(names):
             raise TetrisError(
-                f"sparsity: wanted one rate for each of the {len(names)} prunable layers ({', '.join(names)}); got {len(spec)}"
+                f"sparsity: wanted one rate for each of the {len(names)} prunable layers ({', '.join(names)}); "
+                f"got {len(spec)}"
             )
         rates = dict(zip(names, spec))
     else:
@@ -76,7 +77,8 @@ def resolve_sparsity(spec: Any, layers: Mapping[str, nn.Module], structure: Any 
         rates = dict.fromkeys(chosen, spec)
         if not chosen:
             raise TetrisError(
-                f"sparsity: no layer has {MIN_CHANNELS} input and output channels or more; name the layers to prune in a dict"
+                f"sparsity: no layer has {MIN_CHANNELS} input and output channels or more; "
+                "name the layers to prune in a dict"
             )
     checked = {name: check_sparsity(rates[name], f"sparsity of {name}") for name in names if name in rates}
     return {name: rate for name, rate in checked.items() if rate > 0}

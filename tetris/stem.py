@@ -37,7 +37,7 @@ def stem_conv2d(
     activation: str,
     allow_tf32: bool,
 ) -> Tensor:
-    """activation(conv2d(x, W) + bias) for x [N, C_IN, H, W] and a dense weight [C_OUT, KH * KW * C_IN]; see pack_stem."""
+    """activation(conv2d(x, W) + bias), x [N, C_IN, H, W], for a dense weight [C_OUT, KH * KW * C_IN]; see pack_stem."""
     device_info(x.device)
     from tetris.kernels.stem_conv2d import stem_conv2d as launch
 
