@@ -20,7 +20,7 @@ BARRIER_BYTES = 512
 def ring_stages(tile_tokens: int, residual: bool) -> int:
     """Stages of the ring that fit into shared memory beside the output tiles: one holds both strips' weights too."""
     stage = (tile_tokens + 2 * STRIP) * STAGE_K * ITEM_SIZE
-    output = 4 * STRIP * STRIP * ITEM_SIZE + (STRIP * STRIP * ITEM_SIZE if residual else 0)
+    output = (2 * STRIP * tile_tokens + (STRIP * STRIP if residual else 0)) * ITEM_SIZE
     return (SHARED_LIMIT - BARRIER_BYTES - output) // stage
 
 
@@ -94,6 +94,7 @@ def block_sparse_linear(
     tile_k = min(block_in, STAGE_K)
     parts = max(1, STRIP // block_out)
     rows = STRIP // parts
+    gather = entries.shape[1] > 2 + 2 * parts * STAGE_K // tile_k
 
     def describe(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
         layout = NVMMASharedLayout(box[1] * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
@@ -101,7 +102,7 @@ def block_sparse_linear(
 
     y_desc = describe(y, [STRIP, rows])
     block_sparse_linear_kernel[(len(program_ptr) - 1,)](
-        describe(x2, [config.tile_tokens, STAGE_K]),
+        describe(x2, [config.tile_tokens, tile_k if gather else STAGE_K]),
         describe(values.view(-1, block_in), [rows, tile_k]),
         y_desc,
         y_desc if residual is None else describe(residual.reshape(tokens, out_features), [STRIP, rows]),
@@ -118,6 +119,7 @@ def block_sparse_linear(
         PARTS=parts,
         BLOCK_IN=block_in,
         STAGES=config.x_stages or ring_stages(config.tile_tokens, residual is not None),
+        GATHER=gather,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

@@ -24,10 +24,14 @@ from tetris.layout import ceil_div
 STRIP = 64
 STAGE_K = 64
 PAIR_FIELDS = 8
-FETCH_COST = 1.3
-"""Time to fetch a stage over the time to multiply one strip's 64 features of it (H200: both alternate as the bound)."""
-FIXED_COST = 3.0
-"""Cost of a task's prologue and epilogue, in products of one strip and one whole stage."""
+BYTES_PER_CLOCK = 37
+"""What the L2 cache delivers to one of an H200's 132 multiprocessors while all of them fetch (8.2 TB/s in all)."""
+CLOCKS_PER_ROW = 2.1
+"""What the copy engine takes for a row of a tile, however short: narrow tiles fetch slower than the cache delivers."""
+CLOCKS_PER_PRODUCT = 2.0
+"""One strip x one token x 64 inputs on the matrix unit: 512 clocks for 256 tokens."""
+FIXED_CLOCKS = 2000
+"""A task's prologue and epilogue."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +41,10 @@ class LinearSchedule:
     Attributes:
         pairs: [n_pairs, 8]: first entry, number of stages, first output feature of each of up to four parts (strip 0's,
             then strip 1's).
-        entries: [n_stages + 1, 2 + tiles]: per stage its first input feature; its meta word (bits 0-3 and 4-7: which
-            weight tiles of strip 0 and 1 are kept, from bit 8 on: how many); per weight tile (strip, then input, then
-            part) its first row in ``values.view(-1, BLOCK_IN)``, past the end = zeros, -1 = not kept. The last is
-            empty.
+        entries: [n_stages + 1, 1 + input tiles + weight tiles]: per stage its meta word (bits 0-3 and 4-7: which weight
+            tiles of strip 0 and 1 are kept, from bit 8 on: how many); the first input feature of its 64, or of every
+            gathered tile; per weight tile (strip, then input, then part) its first row in ``values.view(-1,
+            BLOCK_IN)``, past the end = zeros, -1 = not kept. The last is empty.
         tasks: token tile * n_pairs + pair, dealt to the programs.
         tile_tokens: tokens per task.
         fetched_stages: input tiles that the pairs fetch per token tile.
@@ -156,19 +160,48 @@ def _pairs(groups: list[list[_Strip]]) -> list[tuple[_Strip, _Strip | None]]:
     return [(strips[c[0]], strips[c[1]] if len(c) > 1 else None) for c in match_rows(mask)]
 
 
-def _pair_stages(pair: tuple[_Strip, _Strip | None], tile_k: int) -> tuple[list[list[int]], float]:
-    """The entries of a pair's stages in the order of the inputs, and its products of one strip and one whole stage."""
+Stages = list[list[int]]
+
+
+def _pair_stages(pair: tuple[_Strip, _Strip | None], tile_k: int, gather: bool) -> Stages:
+    """The entries of a pair's stages in the order of the inputs.
+
+    Args:
+        tile_k: inputs of a weight tile.
+        gather: a stage takes the next 64 / tile_k input tiles that are kept by a strip, else 64 neighbouring inputs.
+    """
     absent = (-1,) * len(pair[0].features)
     tiles = [pair[0].tiles, pair[1].tiles if pair[1] else {}]
-    entries, kept = [], 0
-    for first in sorted({k // STAGE_K * STAGE_K for k in tiles[0].keys() | tiles[1].keys()}):
-        inputs = range(first, first + STAGE_K, tile_k)
-        masks = [sum(1 << g for g, k in enumerate(inputs) if k in strip) for strip in tiles]
+    kept = sorted(tiles[0].keys() | tiles[1].keys())
+    group = STAGE_K // tile_k
+    if gather:
+        inputs = [kept[i : i + group] for i in range(0, len(kept), group)]
+    else:
+        inputs = [list(range(k, k + STAGE_K, tile_k)) for k in sorted({k // STAGE_K * STAGE_K for k in kept})]
+    stages = []
+    for ks in inputs:
+        masks = [sum(1 << g for g, k in enumerate(ks) if k in strip) for strip in tiles]
         count = sum(mask.bit_count() for mask in masks)
-        rows = [row for strip in tiles for k in inputs for row in strip.get(k, absent)]
-        entries.append([first, masks[0] | masks[1] << 4 | count << 8, *rows])
-        kept += count
-    return entries, kept * tile_k / STAGE_K
+        padded = ks + [-1] * (group - len(ks))
+        rows = [row for strip in tiles for k in padded for row in strip.get(k, absent)]
+        fetched = [k if k >= 0 else ks[0] for k in padded] if gather else ks[:1]
+        stages.append([masks[0] | masks[1] << 4 | count << 8, *fetched, *rows])
+    return stages
+
+
+def _products(stages: Stages, tile_k: int) -> float:
+    """Products of one strip and one whole stage."""
+    return sum(stage[0] >> 8 for stage in stages) * tile_k / STAGE_K
+
+
+def _clocks(stages: Stages, tile_k: int, gather: bool, tile_tokens: int) -> float:
+    """What the stages of a pair take: the longest of fetching bytes, fetching rows and multiplying."""
+    kept = sum(stage[0] >> 8 for stage in stages)
+    x_tiles = STAGE_K // tile_k if gather else 1
+    size = 2 * (len(stages) * tile_tokens * STAGE_K + kept * STRIP * tile_k)
+    rows = len(stages) * tile_tokens * x_tiles + kept * STRIP
+    multiply = CLOCKS_PER_PRODUCT * tile_tokens * _products(stages, tile_k)
+    return max(size / BYTES_PER_CLOCK, CLOCKS_PER_ROW * rows, multiply)
 
 
 def make_linear_schedule(
@@ -195,18 +228,20 @@ def make_linear_schedule(
     pairs = _pairs(_strips(ptr, idx, block, tile_k))
     parts = len(pairs[0][0].features)
     past_features = (len(ptr) - 1) * block[0]
-    entries: list[list[int]] = []
-    rows, costs, products = [], [], 0.0
-    for pair in pairs:
+    candidates = []
+    for gather in (False, True) if tile_k < STAGE_K else (False,):
+        stages = [_pair_stages(pair, tile_k, gather) for pair in pairs]
+        candidates.append((stages, [_clocks(pair, tile_k, gather, tile_tokens) for pair in stages]))
+    chosen, clocks = min(candidates, key=lambda candidate: sum(candidate[1]))
+    entries: Stages = []
+    rows = []
+    for pair, stages in zip(pairs, chosen):
         features = pair[0].features + (pair[1].features if pair[1] else (past_features,) * parts)
-        stages, pair_products = _pair_stages(pair, tile_k)
         rows.append([len(entries), len(stages), *features, *([past_features] * (PAIR_FIELDS - 2 - len(features)))])
         entries += stages
-        costs.append(max(pair_products, FETCH_COST * len(stages)))
-        products += pair_products
     fetched = len(entries)
     entries.append([0] * len(entries[0]))
-    tasks = make_schedule(costs, ceil_div(tokens, tile_tokens), n_programs, tile_cost=FIXED_COST)
+    tasks = make_schedule(clocks, ceil_div(tokens, tile_tokens), n_programs, tile_cost=FIXED_CLOCKS)
     device = indptr.device
     return LinearSchedule(
         pairs=torch.tensor(rows, dtype=torch.int32, device=device),
@@ -214,5 +249,5 @@ def make_linear_schedule(
         tasks=tasks.to(device),
         tile_tokens=tile_tokens,
         fetched_stages=fetched,
-        products=products,
+        products=sum(_products(stages, tile_k) for stages in chosen),
     )

@@ -48,7 +48,9 @@ def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, 
         token = task // len(schedule.pairs) * schedule.tile_tokens
         first, n_stages, *features = schedule.pairs[task % len(schedule.pairs)].tolist()
         acc = torch.zeros(2, STRIP, schedule.tile_tokens, dtype=x.dtype)
-        for column, meta, *tiles in schedule.entries[first : first + n_stages].tolist():
+        for meta, *inputs_and_tiles in schedule.entries[first : first + n_stages].tolist():
+            inputs, tiles = inputs_and_tiles[: -2 * group * parts], inputs_and_tiles[-2 * group * parts :]
+            inputs = inputs if len(inputs) == group else [inputs[0] + g * tile_k for g in range(group)]
             assert meta >> 8 == (meta & 255).bit_count()
             for index in range(2 * group):
                 strip, g = divmod(index, group)
@@ -56,9 +58,8 @@ def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, 
                 kept = bool(meta >> (4 * strip + g) & 1)
                 assert all((tile >= 0) == kept for tile in under)
                 if kept:
-                    k = column + g * tile_k
-                    w = torch.cat([box(weights, tile, k % block_in, rows, tile_k) for tile in under])
-                    acc[strip] += w @ box(x, token, k, schedule.tile_tokens, tile_k).T
+                    w = torch.cat([box(weights, tile, inputs[g] % block_in, rows, tile_k) for tile in under])
+                    acc[strip] += w @ box(x, token, inputs[g], schedule.tile_tokens, tile_k).T
         for part, feature in enumerate(features[: 2 * parts]):
             target = y[token : token + schedule.tile_tokens, feature : feature + rows]
             assert target.isnan().all(), "stored twice"
@@ -114,5 +115,17 @@ def test_rows_of_32_that_keep_the_same_blocks_are_joined_without_zeros() -> None
 def test_stages_ascend_within_a_pair() -> None:
     schedule = schedule_of(layout_of((512, 1024), (64, 16), 0.3))
     for first, n_stages, *_ in schedule.pairs.tolist():
-        columns = schedule.entries[first : first + n_stages, 0]
+        columns = schedule.entries[first : first + n_stages, 1]
         assert bool((columns.diff() > 0).all())
+
+
+def test_narrow_blocks_are_gathered_only_where_their_neighbours_are_pruned() -> None:
+    """32 inputs: scattered blocks are gathered two by two, adjacent ones fetched as one tile of 64."""
+    scattered = torch.zeros(2, 64, dtype=torch.bool)
+    scattered[:, ::2] = True
+    adjacent = torch.zeros(2, 64, dtype=torch.bool)
+    adjacent[:, :32] = True
+    for mask, gathered in ((scattered, True), (adjacent, False)):
+        schedule = schedule_of(BlockLayout.from_mask(mask, (256, 2048), (128, 32)), tile_tokens=256)
+        assert (schedule.entries.shape[1] == 1 + 2 + 4) == gathered
+        assert schedule.fetched_stages == 2 * 16
