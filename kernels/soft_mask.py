@@ -18,9 +18,10 @@ MAX_TILE = 8192
 
 @triton.jit
 def soft_mask_kernel(
-    sums_ptr, noise_ptr, mask_ptr, N, n_keep, temperature, strength, HALVINGS: tl.constexpr, TILE: tl.constexpr
+    sums_ptr, noise_ptr, mask_ptr, temperature_ptr, N, n_keep, noisiness, HALVINGS: tl.constexpr, TILE: tl.constexpr
 ):
     """Grid: one program."""
+    temperature = tl.load(temperature_ptr)
     offs = tl.arange(0, TILE)
     total = tl.zeros((TILE,), dtype=tl.float32)
     low = tl.full((TILE,), float("inf"), dtype=tl.float32)
@@ -54,17 +55,19 @@ def soft_mask_kernel(
         inside = start + offs < N
         x = tl.load(sums_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
         noise = tl.load(noise_ptr + start + offs, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.sigmoid((x - 0.5 * (bottom + top)) / spread) * (1.0 + strength * noise)
+        weight = tl.sigmoid((x - 0.5 * (bottom + top)) / spread) * (1.0 + noisiness * temperature * noise)
         tl.store(mask_ptr + start + offs, weight, mask=inside)
 
 
 def soft_mask(
-    block_sums: torch.Tensor, noise: torch.Tensor, n_keep: int, temperature: float, strength: float
+    block_sums: torch.Tensor, noise: torch.Tensor, n_keep: int, temperature: torch.Tensor, noisiness: float
 ) -> torch.Tensor:
-    """sigmoid((B - tau) / (temperature * std(B))) * (1 + strength * noise), tau such that the sigmoids sum to n_keep.
+    """sigmoid((B - tau) / (t std(B))) * (1 + noisiness t noise), t the temperature, tau so that the sigmoids sum to K.
 
     Args:
         block_sums: float [R, C]; noise: the same shape and device, contiguous.
+        n_keep: K.
+        temperature: float32 [1] on the device: a captured launch can then be replayed at another one.
     Returns:
         [R, C], the dtype of ``block_sums``.
     Cost:
@@ -75,6 +78,6 @@ def soft_mask(
     N = block_sums.numel()
     tile = min(MAX_TILE, next_power_of_two(N))
     soft_mask_kernel[(1,)](
-        block_sums, noise, mask, N, n_keep, temperature, strength, HALVINGS=HALVINGS, TILE=tile, num_warps=16
+        block_sums, noise, mask, temperature, N, n_keep, noisiness, HALVINGS=HALVINGS, TILE=tile, num_warps=16
     )
     return mask

@@ -101,9 +101,10 @@ def test_soft_mask_keeps_as_much_as_asked(shape, n_keep, temperature, device):
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(shape, generator=generator) * 5
     noise = torch.randn(shape, generator=generator)
-    still = kernels.soft_mask(sums.to(device), torch.zeros_like(noise).to(device), n_keep, temperature, 1.0)
+    t = torch.tensor([temperature], device=device)
+    still = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, t, 0.0)
     assert float(still.sum()) == pytest.approx(n_keep, rel=1e-3)
-    noisy = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, temperature, NOISE * temperature)
+    noisy = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, t, NOISE)
     assert torch.allclose(noisy.cpu(), soft_mask(sums, n_keep, temperature, noise), rtol=1e-3, atol=1e-4)
 
 

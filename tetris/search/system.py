@@ -68,6 +68,10 @@ class System:
             self._versions[key] = 0
         self.total = sum(total_of(problem.matrix) for problem in problems)
 
+    def forget(self) -> None:
+        """Drop all cached sums: partitions changed, or will change, behind the system's back."""
+        self._sums.clear()
+
     def uses(self, key: Key) -> list[tuple[int, int]]:
         """(problem index, dim) of every dimension that ``key`` orders."""
         return [(i, dim) for i, problem in enumerate(self.problems) for dim in (0, 1) if problem.keys[dim] == key]
@@ -146,10 +150,10 @@ class System:
             mask = masks[index].to(sums.dtype)
             mask = mask.T if dim == 0 else mask
             kept = product(sums, mask) if exact else sums @ mask
-            blocks = problem.blocks_of_unit(dim)[starts]
             if problem.repeats[dim] == 1 and len(starts) == kept.shape[1]:
                 value = kept
             else:
+                blocks = problem.blocks_of_unit(dim)[starts]
                 features = kept.view(-1, problem.repeats[dim], kept.shape[1])
                 value = features[:, 0, blocks[:, 0]]
                 for k in range(1, problem.repeats[dim]):
