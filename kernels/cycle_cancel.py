@@ -146,9 +146,9 @@ def cancel_cycles_kernel(
                 parent = tl.full((GROUPS,), -1, tl.int32)
                 moves += count
     if program == 0:
-        tl.store(result_ptr, moves.to(tl.int64))
-        tl.store(result_ptr + 1, passes.to(tl.int64))
-        tl.store(result_ptr + 2, (passes < max_passes).to(tl.int64))
+        tl.store(result_ptr, moves)
+        tl.store(result_ptr + 1, passes)
+        tl.store(result_ptr + 2, passes < max_passes)
 
 
 def cancel_cycles(

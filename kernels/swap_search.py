@@ -240,8 +240,8 @@ def swap_search_kernel(
                 )
                 partner = tl.where(own == g, h, tl.where(own == h, -1, partner))
     if program == 0:
-        tl.store(swaps_ptr, swaps.to(tl.int64))
-        tl.store(swaps_ptr + 1, rounds.to(tl.int64))
+        tl.store(swaps_ptr, swaps)
+        tl.store(swaps_ptr + 1, rounds)
 
 
 def swap_search(
