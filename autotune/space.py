@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from tetris.autotune.problems import Problem
 from tetris.kernels.configs import (
@@ -24,6 +23,7 @@ from tetris.kernels.configs import (
 from tetris.kernels.conv2d_paths import choose_conv2d_config
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_refuses
 from tetris.kernels.hopper.linear import supports as hopper_linear_refuses
+from tetris.kernels.hopper.tile_choice import ranked_configs
 from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config
 from tetris.layout import ceil_div
 
@@ -31,8 +31,6 @@ Config = Conv2dConfig | LinearConfig
 
 ACCUMULATORS_PER_THREAD = 128
 """fp32 accumulators a thread holds before the compiler spills (255 registers, half of them for everything else)."""
-HOPPER_ROWS = (2, 4, 6, 7, 8, 14, 16)
-"""Heights of a Hopper tile: even ones, and the divisors of 14 and 28, the images' usual sizes."""
 WASTE = 1.5
 """A tile whose padding computes more than this multiple of the best tile's pixels is not worth a measurement."""
 
@@ -51,7 +49,7 @@ def config_space(problem: Problem, device: DeviceInfo, max_pool: bool = False) -
     """
     found: list[Config] = [default_config(problem, device, max_pool)]
     if isinstance(problem, Conv2dProblem):
-        found += [*_portable_conv2d(problem, device), *_hopper_conv2d(problem, device, max_pool)]
+        found += [*_portable_conv2d(problem, device), *ranked_configs(problem, device, max_pool=max_pool)]
     else:
         found += [
             *_portable_linear(problem, device),
@@ -127,24 +125,6 @@ def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Con
                 tile_n=n, tile_h=h, tile_w=w, tile_k=k, descriptors=path, group_rows=group, num_warps=warps,
                 num_stages=stages,
             )  # fmt: skip
-
-
-def _hopper_conv2d(problem: Conv2dProblem, device: DeviceInfo, max_pool: bool) -> Iterator[Conv2dConfig]:
-    refuses = partial(hopper_conv2d_refuses, problem, device, max_pool=max_pool)
-    if refuses() is not None:
-        return
-    height, width = problem.output_size
-    for order, k, n, w in itertools.product(("images", "copies"), _steps(problem), _powers(1, 64), _powers(1, 32)):
-        row = n * w
-        for h in HOPPER_ROWS:
-            if n > 2 * problem.batch or w > 2 * width or not 64 <= row * h <= 512:
-                continue
-            config = Conv2dConfig(kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=k, input_order=order)
-            computed = row * h * ceil_div(problem.batch, n) * ceil_div(height, h) * ceil_div(width, w)
-            if computed <= WASTE * problem.batch * height * width and not hopper_conv2d_refuses(
-                problem, device, config
-            ):
-                yield config
 
 
 def _portable_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:

@@ -62,7 +62,12 @@ class Entry:
         numbers = {"time_us": round(self.time_us, 3), "tried": self.tried}
         if not math.isnan(self.default_us):
             numbers["default_us"] = round(self.default_us, 3)
-        where: dict[str, Any] = {"op": op, "device": self.device, "capability": list(self.capability), "triton": self.triton}
+        where: dict[str, Any] = {
+            "op": op,
+            "device": self.device,
+            "capability": list(self.capability),
+            "triton": self.triton,
+        }
         where |= {"max_pool": True} if self.max_pool else {}
         return where | {"problem": asdict(self.problem), "config": asdict(self.config)} | numbers
 
