@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def show(rows: list[Row]) -> str:
-    """The layers' speedups per block, then the networks."""
+    """The layers' speedups per block, then all networks together."""
     layers = [row for row in rows if row.extra.get("layer")]
     whole = [row for row in rows if not row.extra.get("layer")]
     return f"{pivot(layers)}\n\n{table(whole, extra=['batch', 'floor'])}"
@@ -111,7 +111,9 @@ class Session:
             else:
                 apply_tuned(fast, self.x)
         error = self.error_of(pruned, fast)
-        return [*layers, *self.network_rows(fast, chosen, error)]
+        whole = self.network_rows(fast, chosen, error)
+        print(table(whole), flush=True)
+        return [*layers, *whole]
 
     def plan(self) -> ModelPlan:
         """The saved plan of this network and batch, or a new one."""
