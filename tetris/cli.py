@@ -56,7 +56,12 @@ def demo(
     from tetris.demo.run import run_demo
 
     settings = Settings.for_dataset(dataset, seed, quick, tuple(name.strip() for name in methods.split(",")))
-    run_demo(out, settings, dataset, data, checked_device(device), Console())
+    console = Console()
+    try:
+        run_demo(out, settings, dataset, data, checked_device(device), console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where this stopped")
+        raise
 
 
 @app.command()
