@@ -43,7 +43,7 @@ def ranked_configs(
     """
     if supports(problem, device, None, max_pool=max_pool, allow_tf32=allow_tf32) is not None:
         return []
-    found: list[tuple[float, int, Conv2dConfig]] = []
+    found: list[tuple[tuple[float, float], int, Conv2dConfig]] = []
     for config in _tiles(problem):
         if supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is None:
             tile = complete_tile(problem, config, max_pool=max_pool)
@@ -72,8 +72,10 @@ def _tiles(problem: Conv2dProblem) -> list[Conv2dConfig]:
     return configs
 
 
-def estimated_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo, *, max_pool: bool = False) -> float:
-    """Cycles of the busiest multiprocessor; good for ranking tiles, not for predicting times."""
+def estimated_cycles(
+    problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo, *, max_pool: bool = False
+) -> tuple[float, float]:
+    """Cycles of the busiest multiprocessor, with and without memory's limit: to rank tiles, the second breaks ties."""
     pixels = tile.tile_h * tile.row_pixels
     rows = ceil_div(problem.block_rows, tile.parts)
     columns = ceil_div(problem.c_in, problem.block[1])
@@ -91,7 +93,7 @@ def estimated_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo,
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
     rounds = n * h * w * rows * tile.halves / device.sm_count
     busiest = max(1.0 + UNEVEN, rounds + UNEVEN) * cycles
-    return max(busiest, _memory_bytes(problem, max_pool) / device.sm_count / MEMORY_BYTES_PER_CYCLE)
+    return max(busiest, _memory_bytes(problem, max_pool) / device.sm_count / MEMORY_BYTES_PER_CYCLE), busiest
 
 
 def _fullness(columns: int) -> float:

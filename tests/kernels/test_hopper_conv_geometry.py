@@ -10,6 +10,7 @@ from tetris.errors import ShapeError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper.geometry import ConvTile
 from tetris.kernels.hopper.heuristics import SHARED_BYTES, complete_tile, supports
+from tetris.kernels.hopper.tile_choice import estimated_cycles, ranked_configs
 
 H200 = DeviceInfo("H200", (9, 0), 132, "3.7.1")
 PROBLEM = Conv2dProblem(
@@ -122,3 +123,30 @@ def test_filled_in_rings_fit_shared_memory_and_overlap(block, shape):
 def test_useful_fraction_counts_the_tiles_edges():
     tile = ConvTile((64, 64), tile_n=16, tile_h=8, tile_w=4)
     assert tile.useful_fraction(128, 28, 28) == pytest.approx(28 / 32)
+
+
+def test_tiles_are_ranked_and_all_of_them_run():
+    ranked = ranked_configs(PROBLEM, H200)
+    assert (ranked[0].tile_n, ranked[0].tile_h, ranked[0].tile_w) == (32, 4, 4)  # fastest when measured, too
+    assert all(supports(PROBLEM, H200, config) is None for config in ranked)
+    small = ranked_configs(changed(batch=1), H200, max_pool=True)
+    assert small and all(config.input_order == "copies" for config in small)
+    assert ranked_configs(changed(c_in=3), H200) == []
+
+
+def test_a_larger_batch_is_estimated_to_take_longer():
+    config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4)
+    estimates = [
+        estimated_cycles(p, complete_tile(p, config), H200)[0] for p in (changed(batch=b) for b in (16, 64, 256))
+    ]
+    assert estimates == sorted(estimates) and estimates[2] > 3 * estimates[1]
+
+
+def test_bands_cover_the_rows_that_are_read():
+    tile = ConvTile((64, 64), tile_n=32, tile_h=4, tile_w=4, tile_k=32)
+    assert [(band.row, band.rows, band.readers) for band in tile.bands] == [(0, 1, 1), (1, 1, 1), (2, 1, 2), (3, 1, 2),
+                                                                            (4, 1, 1), (5, 1, 1)]  # fmt: skip
+    gaps = ConvTile((64, 64), kernel_size=(2, 2), stride=(2, 2), dilation=(2, 2), tile_n=8, tile_h=4, tile_w=4)
+    assert [band.row for band in gaps.bands] == [0, 2, 4, 6, 8]  # odd rows are never read
+    pointwise = ConvTile((64, 64), kernel_size=(1, 1), padding=(0, 0), tile_n=8, tile_h=8, tile_w=8, w_taps=1)
+    assert [(band.row, band.rows) for band in pointwise.bands] == [(0, 4), (4, 4)]  # one band a consumer
