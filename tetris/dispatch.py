@@ -87,7 +87,7 @@ def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, ke
     from tetris.kernels.hopper.linear_schedule import make_linear_schedule
 
     schedule = make_linear_schedule(
-        indptr, indices, in_features=problem.in_features, block=problem.block, tokens=problem.tokens,
-        tile_tokens=config.tile_tokens, n_programs=device.sm_count,
+        indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
+        n_programs=device.sm_count,
     )  # fmt: skip
     return Launch(config.to_key(), schedule.tensors)
