@@ -38,11 +38,13 @@ LAYERS: dict[str, int] = {
     "reordering": 3,
     "joint_reordering": 3,
     # L4: modules, graphs, model -> model
+    "block_sparse_layer": 4,
     "layers": 4,
     "stem": 4,
     "fusion": 4,
     "orders": 4,
     "graph": 4,
+    "graph_json": 4,
     "specs": 4,
     "masking": 4,
     "conversion": 4,

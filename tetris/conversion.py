@@ -11,15 +11,17 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import fx, nn
 
+from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.fusion import fold_batch_norms, fuse_epilogues
 from tetris.graph import ExampleInputs, ModelGraph, channel_groups
-from tetris.layers import BlockSparseConv2d, BlockSparseLayer, BlockSparseLinear
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.masking import bake_masks, reorderings
 from tetris.orders import input_gather, output_scatter, storage_orders
 from tetris.permutation import expand, is_identity
@@ -125,11 +127,17 @@ def convert(
             warnings.warn(f"convert: {error}; every layer keeps its own permutations", stacklevel=2)
     configs = {n: plan[n].config for n in sparse if plan is not None and n in plan}
     bake_masks(model)
-    converted = _Converter(model, graph, sparse, configs, fuse).run()
+    converter = _Converter(model, graph, sparse, configs, fuse)
+    converted = converter.run()
     for name in masked - set(sparse):
-        record = converted.conversion.layers[name]  # type: ignore[union-attr,operator]
-        record.reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
+        converter.layers[name].reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
     return converted.eval()
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Store 4-D parameters in channels_last, in place; a model without convolutions stays as it is."""
+    if any(isinstance(m, nn.Conv2d | BlockSparseConv2d) for m in model.modules()):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads leave it out
 
 
 class _Converter:
@@ -153,8 +161,7 @@ class _Converter:
                 self.replace(name, reordering, reordering.permutations.get(1), reordering.permutations.get(0))
         else:
             self.run_traced(self.graph)
-        if any(isinstance(m, nn.Conv2d | BlockSparseConv2d) for m in self.target.modules()):
-            self.target = self.target.to(memory_format=torch.channels_last)
+        to_channels_last(self.target)
         self.target.conversion = Conversion(self.layers, self.graph is not None)  # type: ignore[assignment]
         return self.target
 
@@ -202,16 +209,16 @@ class _Converter:
         self, name: str, reordering: Reordering, gather: torch.Tensor | None, scatter: torch.Tensor | None
     ) -> None:
         module, record = self.target.get_submodule(name), self.layers[name]
-        kind: type[BlockSparseConv2d] | type[BlockSparseLinear]
-        kind = BlockSparseConv2d if isinstance(module, nn.Conv2d) else BlockSparseLinear
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        options: dict[str, Any] = {
+            "input_permutation": gather, "output_permutation": scatter, "config": self.configs.get(name, "")
+        }  # fmt: skip
+        layer: BlockSparseLayer
         try:
-            layer: BlockSparseLayer = kind.from_dense(  # type: ignore[arg-type]
-                module,
-                reordering,
-                input_permutation=gather,
-                output_permutation=scatter,
-                config=self.configs.get(name, ""),
-            )
+            if isinstance(module, nn.Conv2d):
+                layer = BlockSparseConv2d.from_dense(module, reordering, **options)
+            else:
+                layer = BlockSparseLinear.from_dense(module, reordering, **options)
         except UnsupportedError as error:
             raise UnsupportedError(f"convert: {name}: {error}; pass dense=[{name!r}]") from error
         _set_submodule(self.target, name, layer)

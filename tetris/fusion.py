@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tetris.layers import BlockSparseConv2d, BlockSparseLayer, FusedLayer
+from tetris.block_sparse_layer import BlockSparseLayer, FusedLayer
+from tetris.layers import BlockSparseConv2d
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -28,9 +29,9 @@ def called_once(traced: fx.GraphModule) -> set[str]:
     return {name for name, count in calls.items() if count == 1}
 
 
-def single_user(node: fx.Node) -> fx.Node | None:
-    """The only node that reads ``node``, if there is just one."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def feeds_only(source: fx.Node, node: fx.Node) -> bool:
+    """Whether ``node`` is the only one that reads ``source``."""
+    return list(source.users) == [node]
 
 
 def fold_batch_norms(traced: fx.GraphModule) -> dict[str, str]:
@@ -41,10 +42,11 @@ def fold_batch_norms(traced: fx.GraphModule) -> dict[str, str]:
     modules, once = dict(traced.named_modules()), called_once(traced)
     folded = {}
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+        norm = modules[str(node.target)] if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d):
             continue
-        source, norm = node.args[0], modules[str(node.target)]
-        if not (isinstance(source, fx.Node) and source.op == "call_module" and single_user(source) is node):
+        source = node.args[0]
+        if not (isinstance(source, fx.Node) and source.op == "call_module" and feeds_only(source, node)):
             continue
         conv = modules[str(source.target)]
         if (
@@ -60,14 +62,14 @@ def fold_batch_norms(traced: fx.GraphModule) -> dict[str, str]:
     return folded
 
 
-def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
     dtype = conv.weight.dtype
     bias = None if conv.bias is None else conv.bias.float()
-    scale = None if norm.weight is None else norm.weight.float()  # type: ignore[union-attr]
-    shift = None if norm.bias is None else norm.bias.float()  # type: ignore[union-attr]
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight.float(), bias, norm.running_mean.float(), norm.running_var.float(), norm.eps, scale, shift  # type: ignore[arg-type,union-attr]
-    )  # fmt: skip
+    scale = None if norm.weight is None else norm.weight.float()
+    shift = None if norm.bias is None else norm.bias.float()
+    mean, variance = norm.running_mean.float(), norm.running_var.float()
+    weight, bias = fuse_conv_bn_weights(conv.weight.float(), bias, mean, variance, norm.eps, scale, shift)
     conv.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     conv.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
@@ -92,17 +94,16 @@ def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
             _fuse_addition(traced, node, block_sparse, fused)
         elif _is_max_pool(node, modules):
             layer, source = block_sparse(node.args[0]), node.args[0]
-            if isinstance(layer, BlockSparseConv2d) and not layer.max_pool and single_user(source) is node:
+            if isinstance(layer, BlockSparseConv2d) and not layer.max_pool and feeds_only(source, node):
                 layer.max_pool = True
                 fused.setdefault(str(source.target), []).append("2x2 max-pool")
                 node.replace_all_uses_with(source)
                 source.meta = dict(node.meta)
                 traced.graph.erase_node(node)
         elif (activation := _activation(node, modules)) is not None:
-            source = node.args[0]
-            layer = fused_layer(source)
-            if layer is not None and layer.activation == "none" and not _pools(layer) and single_user(source) is node:
-                layer.activation = activation
+            target, source = fused_layer(node.args[0]), node.args[0]
+            if target is not None and target.activation == "none" and not _pools(target) and feeds_only(source, node):
+                target.activation = activation
                 fused.setdefault(str(source.target), []).append(activation)
                 node.replace_all_uses_with(source)
                 traced.graph.erase_node(node)
@@ -128,7 +129,7 @@ def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node is plain 2x2 max-pooling with stride 2."""
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     if node.op == "call_module" and type(module := modules[str(node.target)]) is nn.MaxPool2d:
-        settings = [getattr(module, name) for name in names]
+        settings: list[Any] = [getattr(module, name) for name in names]
     elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
         given = dict(zip(names, (None, None, 0, 1, False, False))) | dict(zip(names, node.args[1:])) | node.kwargs
         settings = [given[name] for name in names]
@@ -144,11 +145,12 @@ def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable, fused: dict[str, list[str]]) -> None:
     """x + layer(y) -> layer(y, residual=x), called where the addition stood; the later of two layers takes the sum."""
-    if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) and _shape(a) for a in node.args):
+    operands = [a for a in node.args if isinstance(a, fx.Node) and _shape(a)]
+    if len(node.args) != 2 or len(operands) != 2 or node.kwargs:
         return
     position = {n: i for i, n in enumerate(traced.graph.nodes)}
-    for source in sorted(node.args, key=position.__getitem__, reverse=True):  # type: ignore[arg-type]
-        other = node.args[1] if source is node.args[0] else node.args[0]
+    for source in sorted(operands, key=position.__getitem__, reverse=True):
+        other = operands[1] if source is operands[0] else operands[0]
         layer = block_sparse(source)
         fits = other is not source and _shape(other) == _shape(source)
         if (
@@ -156,7 +158,7 @@ def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable
             or layer.activation != "none"
             or _pools(layer)
             or source.kwargs
-            or single_user(source) is not node
+            or not feeds_only(source, node)
             or not fits
         ):
             continue
@@ -170,6 +172,6 @@ def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable
         return
 
 
-def _shape(node: Any) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)

@@ -20,6 +20,7 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from tetris.block_sparse_layer import FusedLayer
 from tetris.errors import UnsupportedError, describe
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -92,8 +93,11 @@ class _Tracer(fx.Tracer):
     """Stops at torch's modules, at parametrized ones and at Tetris' own layers."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        own = type(m).__module__ == "tetris.layers"
-        return own or nn.utils.parametrize.is_parametrized(m) or super().is_leaf_module(m, qualified_name)
+        return (
+            isinstance(m, FusedLayer)
+            or nn.utils.parametrize.is_parametrized(m)
+            or super().is_leaf_module(m, qualified_name)
+        )
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
@@ -196,9 +200,10 @@ class _Grouping:
             members.append(member)
 
     # -- nodes ----------------------------------------------------------------------------------------------------
-    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        meta = node.meta.get("tensor_meta")
-        return tuple(meta.shape) if hasattr(meta, "shape") else None
+    def shape(self, node: Any) -> tuple[int, ...] | None:
+        """The shape of a node's tensor; None for other results and for arguments that are no nodes."""
+        shape = getattr(node.meta.get("tensor_meta"), "shape", None) if isinstance(node, fx.Node) else None
+        return None if shape is None else tuple(shape)
 
     def label_of(self, node: Any) -> _Label | None:
         return self.labels.get(node) if isinstance(node, fx.Node) else None
@@ -294,7 +299,7 @@ class _Grouping:
         if target in ("view", "reshape", torch.reshape):
             return self.reshape(node, x)
         if target in ("mean", torch.mean) and x is not None and x.repeats == 1 and x.dim == 1:
-            before, after = self.shape(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+            before, after = self.shape(node.args[0]), self.shape(node)
             if before and after and len(after) > 1 and after[:2] == before[:2] and node.args[1:2] not in ((1,), ([1],)):
                 return x
         if self.shape(node) is None or target in ("size", "dim", getattr):
@@ -317,7 +322,7 @@ class _Grouping:
         return None
 
     def flatten(self, node: fx.Node, x: _Label | None, start: Any, end: Any) -> _Label | None:
-        shape = self.shape(node.args[0])  # type: ignore[arg-type]
+        shape = self.shape(node.args[0])
         if x is None or shape is None:
             return None
         start, end = start % len(shape), end % len(shape)
@@ -332,7 +337,7 @@ class _Grouping:
         return None
 
     def reshape(self, node: fx.Node, x: _Label | None) -> _Label | None:
-        before, after = self.shape(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+        before, after = self.shape(node.args[0]), self.shape(node)
         if x is not None and before and after and x.dim == 1 and after[0] == before[0] and len(after) == 2:
             return self.flatten(node, x, 1, -1)
         if x is not None and before and after and x.dim == len(before) - 1 and after[-1] == before[-1]:

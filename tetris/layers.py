@@ -14,178 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris import ops
+from tetris.block_sparse_layer import BlockSparseLayer, Permutations
 from tetris.dispatch import Launch, conv2d_launch, dtype_name, linear_launch
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import Conv2dProblem, LinearProblem
 from tetris.kernels.cpu import conv2d as cpu_conv2d
 from tetris.kernels.cpu import linear as cpu_linear
 from tetris.layout import BlockLayout
-from tetris.packing import pack, unpack
-from tetris.permutation import apply, inverse, is_identity, validate
+from tetris.packing import pack
+from tetris.permutation import apply
 from tetris.reordering import Reordering
-
-Permutations = tuple[Tensor | None, Tensor | None]
-
-
-class FusedLayer(nn.Module):
-    """A layer whose epilogue applies ``activation``: "none", "relu", "relu6", "silu" or "gelu"."""
-
-    activation: str
-
-
-class BlockSparseLayer(FusedLayer):
-    """What both layers share: packed blocks, their layout, permutations, epilogue and config.
-
-    Attributes:
-        shape: (output, input) channels.
-        block: the sparsity block (out, in).
-        n_blocks: stored blocks, empty block rows padded with one zero block.
-        kept_fraction: kept blocks / all blocks.
-        activation: "none", "relu", "relu6", "silu" or "gelu", applied in the epilogue.
-        config: key of the kernel config; "" is the analytic default for the problem and device.
-    """
-
-    values: nn.Parameter
-    bias: nn.Parameter | None
-    indptr: Tensor
-    indices: Tensor
-    input_permutation: Tensor | None
-    output_permutation: Tensor | None
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        block: tuple[int, int],
-        values: Tensor,
-        layout: BlockLayout | None = None,
-        bias: bool = True,
-        activation: str = "none",
-        kept_fraction: float = float("nan"),
-        input_permutation: Tensor | None = None,
-        output_permutation: Tensor | None = None,
-        config: str = "",
-    ) -> None:
-        super().__init__()
-        self.shape, self.block, self.n_blocks = shape, block, values.shape[0]
-        self.activation, self.kept_fraction, self.config = activation, kept_fraction, config
-        device = values.device
-        # Taps and outputs share a dimension: `model.to(memory_format=torch.channels_last)` restrides 4-D parameters.
-        self.values = nn.Parameter(values.reshape(self.n_blocks, -1, block[1]), requires_grad=False)
-        self.bias = nn.Parameter(values.new_zeros(shape[0]), requires_grad=False) if bias else None
-        rows = -(-shape[0] // block[0])
-        indptr = torch.zeros(rows + 1, dtype=torch.int32) if layout is None else layout.indptr
-        indices = torch.zeros(self.n_blocks, dtype=torch.int32) if layout is None else layout.indices
-        self.register_buffer("indptr", indptr.to(device))
-        self.register_buffer("indices", indices.to(device))
-        self.register_buffer("input_permutation", _permutation_or_none(input_permutation, shape[1], device))
-        self.register_buffer("output_permutation", _permutation_or_none(output_permutation, shape[0], device))
-        self._prepared: Any = None
-        self._prepared_from: tuple | None = None
-        self._launches: dict[tuple, Launch] = {}
-
-    @property
-    def layout(self) -> BlockLayout:
-        """The stored blocks, in this layer's order of channels."""
-        return BlockLayout(self.shape, self.block, self.indptr, self.indices)
-
-    @property
-    def blocks(self) -> Tensor:
-        """The values in the packed format: [n_blocks, (taps,) BLOCK_OUT, BLOCK_IN]."""
-        return self.values
-
-    def dense_weight(self) -> Tensor:
-        """The dense weight [C_OUT, C_IN, ...] in the order of the inputs and outputs; pruned blocks are zero."""
-        weight = unpack(self.blocks, self.layout, self._kernel_size())
-        if self.output_permutation is not None:
-            weight = weight[inverse(self.output_permutation)]
-        return weight if self.input_permutation is None else weight[:, inverse(self.input_permutation)]
-
-    def dense_bias(self) -> Tensor | None:
-        """The bias in the order of the layer's outputs."""
-        if self.bias is None or self.output_permutation is None:
-            return self.bias
-        return self.bias[inverse(self.output_permutation)]
-
-    def _kernel_size(self) -> tuple[int, ...]:
-        return ()
-
-    def _check_input(self, x: Tensor, dim: int, rank: int | None, name: str) -> None:
-        if (rank is not None and x.dim() != rank) or x.dim() < 2 or x.shape[dim] != self.shape[1]:
-            wanted = "[N, C_IN, H, W]" if rank == 4 else "[..., C_IN]"
-            raise ShapeError(f"{name}: wanted input {wanted} with C_IN = {self.shape[1]}; got {describe(x)}")
-
-    def _use_prepared(self, x: Tensor) -> bool:
-        """Whether the repacked operands of the CPU path serve: no gradient of this layer is asked for."""
-        if x.device.type != "cpu":
-            return False
-        return not (torch.is_grad_enabled() and (self.values.requires_grad or x.requires_grad))
-
-    def _prepare(self, x: Tensor) -> Any:
-        raise NotImplementedError
-
-    def prepared(self, x: Tensor) -> Any:
-        """The CPU path's repacked operands, made for inputs of x's size, once and again whenever the values change."""
-        if torch.compiler.is_compiling() and self._prepared is not None:
-            return self._prepared
-        state = (self.values.data_ptr(), self.values._version, self.values.dtype)
-        if self._prepared_from != state:
-            self._prepared, self._prepared_from = self._prepare(x), state
-        return self._prepared
-
-    def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
-        raise NotImplementedError
-
-    def _make_launch(self, x: Tensor) -> Launch:
-        raise NotImplementedError
-
-    def _run(self, x: Tensor, residual: Tensor | None, dim: int) -> Tensor:
-        """The registered operation; on a GPU between explicit permutations: scattered 2-byte accesses cost more."""
-        if x.device.type == "cpu":
-            return self._call(x, residual, (self.input_permutation, self.output_permutation), Launch())
-        if self.input_permutation is not None:
-            x = ops.permute_channels(x, self.input_permutation, dim)
-        launch = self.launch(x)
-        if self.output_permutation is None:
-            return self._call(x, residual, (None, None), launch)
-        if residual is not None:
-            residual = ops.permute_channels(residual, self.output_permutation, dim)
-        return ops.permute_channels(
-            self._call(x, residual, (None, None), launch), inverse(self.output_permutation), dim
-        )
-
-    def launch(self, x: Tensor) -> Launch:
-        """Config and schedule for inputs like ``x``, made at the first such input and kept; nothing is tuned here.
-
-        A compiled model that meets a new shape runs the portable kernel: call the layer once before compiling.
-        """
-        key = (x.shape, x.dtype, x.device, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        found = self._launches.get(key)
-        if found is None:
-            if torch.compiler.is_compiling():
-                return Launch()
-            found = self._launches[key] = self._make_launch(x)
-        return found
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._launches.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_prepared_from": None, "_launches": {}}
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.shape[1]}, {self.shape[0]}", f"block={self.block[0]}x{self.block[1]}"]
-        parts.append(f"kept={self.kept_fraction:.3f}")
-        parts += [f"activation={self.activation}"] if self.activation != "none" else []
-        parts += ["permutes input"] if self.input_permutation is not None else []
-        parts += ["permutes output"] if self.output_permutation is not None else []
-        return ", ".join(parts + ([] if self.bias is not None else ["bias=False"]))
-
-
-def _permutation_or_none(permutation: Tensor | None, size: int, device: torch.device) -> Tensor | None:
-    if permutation is None or is_identity(permutation):
-        return None
-    return validate(permutation, size).to(device)
 
 
 def _packed(weight: Tensor, reordering: Reordering, name: str) -> tuple[Tensor, BlockLayout, float]:
@@ -336,8 +174,8 @@ class BlockSparseConv2d(BlockSparseLayer):
         values, layout, kept = _packed(conv.weight, reordering, "BlockSparseConv2d.from_dense")
         own = _own_permutations(reordering, input_permutation, output_permutation)
         layer = cls(
-            conv.in_channels, conv.out_channels, _pair(conv.kernel_size), layout.block, layout.n_blocks,
-            _pair(conv.stride), padding, _pair(conv.dilation), values=values, layout=layout,
+            conv.in_channels, conv.out_channels, pair(conv.kernel_size), layout.block, layout.n_blocks,
+            pair(conv.stride), padding, pair(conv.dilation), values=values, layout=layout,
             bias=conv.bias is not None, activation=activation, kept_fraction=kept, config=config, **own,
         )  # fmt: skip
         return cast(BlockSparseConv2d, _copy_bias(layer, conv.bias, reordering).train(conv.training))
@@ -408,14 +246,15 @@ def supported_padding(conv: nn.Conv2d) -> tuple[int, int]:
                 f"dilation={conv.dilation}; leave this layer dense"
             )
         return total[0] // 2, total[1] // 2
-    return _pair(conv.padding)
+    return pair(conv.padding)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """A convolution's setting of two entries as plain integers."""
     return int(value[0]), int(value[1])
 
 
-def _own_permutations(reordering: Reordering, given_in: Any, given_out: Any) -> dict[str, Tensor | None]:
+def _own_permutations(reordering: Reordering, given_in: Any, given_out: Any) -> dict[str, Any]:
     """Keyword arguments for the layer; a reordered output j is original channel p0[j], so it is stored there."""
     own = reordering.permutations
     return {

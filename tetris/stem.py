@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tetris.block_sparse_layer import FusedLayer
 from tetris.dispatch import device_info
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import StemConfig, conv2d_output_size
-from tetris.layers import FusedLayer, supported_padding
+from tetris.layers import pair, supported_padding
 from tetris.ops import check_dtypes
 from tetris.packing import pack_stem, unpack_stem
 from tetris.reference import activate
@@ -105,10 +106,10 @@ class StemConv2d(FusedLayer):
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, activation: str = "none") -> StemConv2d:
         """The same convolution with a fused epilogue."""
-        pairs = [
-            (int(v[0]), int(v[1])) for v in (conv.kernel_size, conv.stride, supported_padding(conv), conv.dilation)
-        ]
-        layer = cls(conv.in_channels, conv.out_channels, *pairs, bias=conv.bias is not None, activation=activation)
+        layer = cls(
+            conv.in_channels, conv.out_channels, pair(conv.kernel_size), pair(conv.stride), supported_padding(conv),
+            pair(conv.dilation), bias=conv.bias is not None, activation=activation,
+        )  # fmt: skip
         layer.weight.data = pack_stem(conv.weight.detach())
         if layer.bias is not None and conv.bias is not None:
             layer.bias.data = conv.bias.detach().clone()

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from tetris.block_sparse_layer import BlockSparseLayer, FusedLayer
 from tetris.conversion import Conversion, ConvertedLayer
 from tetris.errors import ShapeError, TetrisError, describe
 from tetris.graph import ExampleInputs, as_arguments
-from tetris.layers import BlockSparseConv2d, BlockSparseLayer, FusedLayer
+from tetris.layers import BlockSparseConv2d
 from tetris.masking import bake_masks
 from tetris.permutation import apply, inverse
 from tetris.reference import activate
