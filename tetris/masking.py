@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ class MaskedWeight(nn.Module):
         block_mask = None
         if self.block is not None:
             ordered = apply(self.mask.flatten(2)[:, :, 0] if self.mask.dim() > 2 else self.mask, permutations).cpu()
-            rows, columns = grid_shape(shape[:2], self.block)
+            rows, columns = grid_shape((shape[0], shape[1]), self.block)
             block_mask = torch.zeros(rows, columns, dtype=torch.bool)
             out, inner = ordered.nonzero().unbind(1)
             block_mask[block_row_of(shape[0], self.block[0])[out], block_row_of(shape[1], self.block[1])[inner]] = True
@@ -96,7 +96,7 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedWeight]:
 def reorderings(model: nn.Module) -> dict[str, Reordering]:
     """The reordering of every pruned layer by name: permutations, masks, retained importance."""
     return {
-        name: mask.reordering(tuple(model.get_submodule(name).weight.shape))  # type: ignore[union-attr]
+        name: mask.reordering(tuple(cast(torch.Tensor, model.get_submodule(name).weight).shape))
         for name, mask in masked_layers(model).items()
     }
 
@@ -182,7 +182,7 @@ def prune(
             "prune: wanted a dense model; this one is pruned already; prune the original, or bake_masks it"
         )
     method = method or ("annealed" if structure == "block" else "none")
-    layers: dict[str, nn.Module] = dict(prunable_layers(model))
+    layers = prunable_layers(model)
     skipped = match(dict.fromkeys(skip, True), list(layers), "skip") if skip else {}
     if plan is not None:
         if sparsity is not None or block != "auto":
@@ -193,7 +193,7 @@ def prune(
     rates = resolve_sparsity(sparsity, layers, structure)
     blocks = resolve_blocks(block, layers)
     requests = [
-        _Request(name, layers[name].weight.detach(), _importance(importance, name, layers[name]), blocks[name], rate)  # type: ignore[union-attr,operator]
+        _Request(name, layers[name].weight.detach(), _importance(importance, name), blocks[name], rate)
         for name, rate in rates.items()
         if name not in skipped
     ]
@@ -214,7 +214,7 @@ def prune(
     return pruned
 
 
-def _importance(importance: Importance | Mapping[str, Importance], name: str, layer: nn.Module) -> Importance:
+def _importance(importance: Importance | Mapping[str, Importance], name: str) -> Importance:
     if isinstance(importance, Mapping):
         return importance.get(name, "l1")
     return importance

@@ -49,7 +49,7 @@ class VGG16(nn.Module):
         layers: list[nn.Module] = []
         channels = 3
         for entry in self.CHANNELS:
-            if entry == "M":
+            if isinstance(entry, str):
                 layers.append(nn.MaxPool2d(2, 2))
                 continue
             out = max(1, int(entry * width))
@@ -135,6 +135,11 @@ class Bottleneck(_ResidualBlock):
 
 class ResNet(nn.Module):
     """A ResNet of four stages with torchvision's names; see :func:`resnet18` and :func:`resnet50`."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self, block: type[_ResidualBlock], depths: tuple[int, int, int, int], num_classes: int = 1000, width: int = 64

@@ -306,7 +306,7 @@ def _register_dense_gradient(op: Any, dense: Callable[..., Tensor]) -> None:
         with torch.enable_grad():
             leaves = [t if t is None else t.detach().requires_grad_() for t in (x, values, bias, residual)]
             y = dense(*leaves, indptr, indices, input_permutation, output_permutation, ctx.arguments)
-            found = iter(torch.autograd.grad(y, [leaf for leaf, w in zip(leaves, wanted) if w], gradient))
+            found = iter(torch.autograd.grad(y, [t for t, w in zip(leaves, wanted) if w and t is not None], gradient))
         g_x, g_values, g_bias, g_residual = (next(found) if w else None for w in wanted)
         rest = (None,) * len(ctx.arguments)
         return (g_x, g_values, None, None, g_bias, g_residual, None, None, ctx.schedule, *rest)

@@ -18,6 +18,7 @@ from tetris.errors import TetrisError, describe
 from tetris.pruning import Block, check_sparsity, fit_block
 
 SparsitySpec = float | Mapping[str, float] | Sequence[float]
+Prunable = nn.Conv2d | nn.Linear
 BlockSpec = str | Block | Mapping[str, Block]
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ MIN_CHANNELS = 16
 """Fewer input or output channels than this do not hold two blocks that a tensor core or a CPU's GEMM can fill."""
 
 
-def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
     """All convolutions without groups and linear layers of a model, by name, in the order of registration."""
     return {
         name: module
@@ -50,7 +51,7 @@ def match(patterns: Mapping[str, T], names: Sequence[str], what: str) -> dict[st
     return result
 
 
-def resolve_sparsity(spec: Any, layers: Mapping[str, nn.Module], structure: Any = "block") -> dict[str, float]:
+def resolve_sparsity(spec: Any, layers: Mapping[str, Prunable], structure: Any = "block") -> dict[str, float]:
     """Sparsity by layer name, in the order of the layers; layers that are absent stay dense.
 
     Args:
@@ -84,7 +85,7 @@ def resolve_sparsity(spec: Any, layers: Mapping[str, nn.Module], structure: Any 
     return {name: rate for name, rate in checked.items() if rate > 0}
 
 
-def resolve_blocks(spec: Any, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+def resolve_blocks(spec: Any, layers: Mapping[str, Prunable]) -> dict[str, tuple[int, int]]:
     """The (out, in) block of every layer, shrunk to its shape; see :func:`tetris.pruning.fit_block`.
 
     Args:
@@ -100,7 +101,7 @@ def resolve_blocks(spec: Any, layers: Mapping[str, nn.Module]) -> dict[str, tupl
             )
     else:
         blocks = dict.fromkeys(layers, spec)
-    return {name: fit_block(blocks[name], tuple(m.weight.shape[:2])) for name, m in layers.items()}
+    return {name: fit_block(blocks[name], (m.weight.shape[0], m.weight.shape[1])) for name, m in layers.items()}
 
 
 def default_block(weight: torch.Tensor) -> tuple[int, int]:
