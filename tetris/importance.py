@@ -19,13 +19,14 @@ def importance_of(weight: torch.Tensor, importance: Importance = "l1") -> torch.
         TetrisError: NaN or Inf in the weight or the importance, an unknown name, negative entries.
         ShapeError: an importance tensor of another shape.
     """
+    weight = weight.detach()
     if weight.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
         bad = int((~torch.isfinite(weight)).sum())
         raise TetrisError(
             f"importance: wanted finite weights; got {bad} NaN or Inf among {weight.numel()}; "
             "look for a diverged training run or a corrupt checkpoint"
         )
-    weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
     if isinstance(importance, torch.Tensor):
         if importance.shape != weight.shape:
             raise ShapeError(f"importance: wanted the weight's shape {tuple(weight.shape)}; got {describe(importance)}")
