@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from tetris.tolerances import relative_error, tolerance
 
 ZOO = {
     "lenet": (LeNet, (2, 1, 28, 28)),
-    "vgg16": (lambda: VGG16(width=0.25, pooled=1), (2, 3, 32, 32)),
-    "vgg16_bn": (lambda: VGG16(width=0.25, pooled=2, batch_norm=True), (2, 3, 64, 64)),
+    "vgg16": (lambda: VGG16(width=0.125, pooled=1), (2, 3, 32, 32)),
+    "vgg16_bn": (lambda: VGG16(width=0.125, pooled=2, batch_norm=True), (1, 3, 64, 64)),
     "resnet18": (lambda: resnet18(width=16), (2, 3, 32, 32)),
-    "resnet50": (lambda: resnet50(width=16), (1, 3, 32, 32)),
+    "resnet50": (lambda: resnet50(width=8), (1, 3, 32, 32)),
     "mlp": (lambda: MLP(32, 64, 48, 10), (3, 32)),
     "transformer": (lambda: TransformerBlock(32), (2, 5, 32)),
 }
@@ -38,10 +39,17 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(shape)
 
 
-def pruned_model(name: str, **options):
+@functools.cache
+def pruned_once(name: str, permutations: str) -> tuple[nn.Module, torch.Tensor]:
     model, x = make(name)
-    settings = {"sparsity": 0.6, "block": (16, 8), "method": "paper", "example_inputs": x} | options
-    return tetris.prune(model, **settings), x
+    options = {"method": "paper", "permutations": permutations, "example_inputs": x}
+    return tetris.prune(model, 0.6, block=(16, 8), **options), x
+
+
+def pruned_model(name: str, permutations: str = "shared") -> tuple[nn.Module, torch.Tensor]:
+    """A copy of the pruned model of the zoo, which is pruned once for all tests, and an input."""
+    model, x = pruned_once(name, permutations)
+    return copy.deepcopy(model), x.clone()
 
 
 @pytest.mark.parametrize("permutations", ["shared", "separate"])
@@ -81,7 +89,8 @@ def test_untraceable_models_convert_with_a_warning():
 def test_epilogues_swallow_norms_residuals_activations_and_pools():
     pruned, x = pruned_model("vgg16_bn")
     layers = tetris.convert(pruned, example_inputs=x).conversion.layers
-    assert layers["features.3"].batch_norm == "features.4" and layers["features.3"].fused == ["relu", "2x2 max-pool"]
+    assert layers["features.10"].batch_norm == "features.11"
+    assert layers["features.10"].fused == ["relu", "2x2 max-pool"]
     pruned, x = pruned_model("resnet18")
     fast = tetris.convert(pruned, example_inputs=x)
     assert fast.conversion.layers["layer1.0.conv2"].fused == ["residual", "relu"]
