@@ -246,7 +246,6 @@ def consumer(
             accs, wi = multiply_step(
                 accs, x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
             )
-            mbarrier.arrive(x_empty.index(xi % T.x_stages))
             xi += 1
 
         if HAS_BIAS:

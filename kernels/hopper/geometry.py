@@ -280,10 +280,11 @@ class ConvTile:
 
     @property
     def can_pool(self) -> bool:
-        """Whether warpgroups hold whole 2 x 2 squares: both rows in one accumulator or in two."""
+        """Whether warpgroups hold whole 2 x 2 squares, both rows in one accumulator or in two, and store whole groups."""
         joined = self.rows_per_accumulator
         rows = self.consumer_rows if joined == 1 else (joined,)
-        return all(row % 2 == 0 for row in rows) and self.tile_w % 2 == 0
+        stored = self.accumulator_pixels // (2 if joined == 1 else 4)
+        return all(row % 2 == 0 for row in rows) and self.tile_w % 2 == 0 and stored >= GROUP
 
     @property
     def y_step_bytes(self) -> int:

@@ -100,7 +100,7 @@ VARIANTS: tuple[Variant, ...] = (
     SMALL_BATCH,
     replace(SMALL_BATCH, tile=(1, 8, 8), block=(64, 64), extras=FUSED, activation="relu"),
     replace(SMALL_BATCH, tile=(2, 4, 8), dtype="bfloat16", extras=("bias",)),
-    replace(SMALL_BATCH, tile=(1, 4, 8), extras=FUSED, activation="silu", max_pool=True),
+    replace(SMALL_BATCH, tile=(1, 8, 8), extras=FUSED, activation="silu", max_pool=True),
     replace(SMALL_BATCH, tile=(1, 8, 16), extras=("bias",), activation="relu", max_pool=True),
     replace(SMALL_BATCH, tile=(1, 8, 32), block=(32, 32), extras=FUSED, activation="relu", max_pool=True),
     replace(SMALL_BATCH, tile=(1, 2, 32), kernel_size=(5, 5), padding=(2, 2), tile_k=16),
