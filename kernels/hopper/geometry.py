@@ -280,7 +280,7 @@ class ConvTile:
 
     @property
     def can_pool(self) -> bool:
-        """Whether warpgroups hold whole 2 x 2 squares, both rows in one accumulator or in two, and store whole groups."""
+        """Whether warpgroups hold whole 2 x 2 squares (both rows in one accumulator or in two) and store groups."""
         joined = self.rows_per_accumulator
         rows = self.consumer_rows if joined == 1 else (joined,)
         stored = self.accumulator_pixels // (2 if joined == 1 else 4)
