@@ -32,6 +32,10 @@ BARRIER_BYTES = 1024
 """Room left for the mbarriers and for what warp specialization itself keeps in shared memory."""
 
 
+REVISION = 3
+"""Raise it whenever a property below changes its meaning: compiled kernels are cached by a tile's fields alone."""
+
+
 class ColumnLoad(NamedTuple):
     """One box of a tile row: ``column`` (in steps of the stride, from the tile's first) of the columns of a parity,
     to ``group`` after the row's first; ``halo`` boxes are halo_box columns wide, the others TILE_W."""
@@ -70,6 +74,7 @@ class ConvTile:
         x_stages, w_stages, y_stages: ring depths of input tiles, weight groups and output rows (per consumer).
         w_taps: kernel taps whose weights arrive together; divides KH * KW.
         item_size: bytes of an element.
+        revision: of this file, see :data:`REVISION`.
     """
 
     block: tuple[int, int]
@@ -87,6 +92,7 @@ class ConvTile:
     w_taps: int = 3
     y_stages: int = 2
     item_size: int = 2
+    revision: int = REVISION
 
     @property
     def block_in(self) -> int:
