@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from tetris.kernels.configs import ITEM_SIZE, Conv2dConfig, Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper.geometry import ConvTile
-from tetris.layout import ceil_div
 
 SHARED_BYTES = 232448
 """Shared memory of a program on compute capability 9.0."""
@@ -108,14 +107,3 @@ def _weight_taps(taps: int, tap_bytes: int) -> int:
     """Taps of a weight stage: the divisor of ``taps`` nearest to 12 KiB, a quarter of the usual ring."""
     divisors = [n for n in range(1, taps + 1) if taps % n == 0]
     return min(divisors, key=lambda n: abs(n * tap_bytes - 12288))
-
-
-def useful_fraction(problem: Conv2dProblem, tile: ConvTile) -> float:
-    """Output pixels over computed pixels."""
-    return tile.useful_fraction(problem.batch, *problem.output_size)
-
-
-def tile_count(problem: Conv2dProblem, tile: ConvTile) -> int:
-    """Tiles of the whole launch."""
-    n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    return n * h * w * ceil_div(problem.block_rows, tile.parts) * tile.halves

@@ -47,7 +47,8 @@ def ranked_configs(
     for config in _tiles(problem):
         if supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is None:
             tile = complete_tile(problem, config, max_pool=max_pool)
-            found.append((estimated_cycles(problem, tile, device, max_pool=max_pool), len(found), config))
+            estimate = estimated_cycles(problem, tile, device, max_pool=max_pool)
+            found.append(((estimate, busiest_cycles(problem, tile, device)), len(found), config))
     return [config for _, _, config in sorted(found)]
 
 
@@ -72,10 +73,14 @@ def _tiles(problem: Conv2dProblem) -> list[Conv2dConfig]:
     return configs
 
 
-def estimated_cycles(
-    problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo, *, max_pool: bool = False
-) -> tuple[float, float]:
-    """Cycles of the busiest multiprocessor, with and without memory's limit: to rank tiles, the second breaks ties."""
+def estimated_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo, *, max_pool: bool = False) -> float:
+    """Cycles of a launch; good for ranking tiles, not for predicting times."""
+    memory = _memory_bytes(problem, max_pool) / device.sm_count / MEMORY_BYTES_PER_CYCLE
+    return max(busiest_cycles(problem, tile, device), memory)
+
+
+def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -> float:
+    """Cycles of the busiest multiprocessor, were memory no limit."""
     pixels = tile.tile_h * tile.row_pixels
     rows = ceil_div(problem.block_rows, tile.parts)
     columns = ceil_div(problem.c_in, problem.block[1])
@@ -92,8 +97,7 @@ def estimated_cycles(
     cycles = steps * max(products, loads) + TILE_CYCLES + PIXEL_CYCLES * pixels
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
     rounds = n * h * w * rows * tile.halves / device.sm_count
-    busiest = max(1.0 + UNEVEN, rounds + UNEVEN) * cycles
-    return max(busiest, _memory_bytes(problem, max_pool) / device.sm_count / MEMORY_BYTES_PER_CYCLE), busiest
+    return max(1.0 + UNEVEN, rounds + UNEVEN) * cycles
 
 
 def _fullness(columns: int) -> float:
