@@ -56,7 +56,7 @@ def check(
     monkeypatch: pytest.MonkeyPatch,
     allow_tf32: bool = False,
 ) -> None:
-    """Runs it, by the default config for None, and compares; fails on NaN, on a store outside the output and on a wrong memory format."""
+    """Runs it (None: by the default config) and compares; fails on NaN, a stray store or a wrong memory format."""
     from tetris.kernels.conv2d import block_sparse_conv2d
 
     operands = conv2d_operands(case, dtype, device)
