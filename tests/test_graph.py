@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+import tetris
 from tetris.errors import UnsupportedError
-from tetris.graph import Member, channel_groups
+from tetris.graph import Member, channel_groups, trace
 from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18
 from tetris.orders import input_gather, output_scatter, unit_order
 from tetris.permutation import expand
+from tetris.stem import StemConv2d
 
 
 def group_of(graph, module: str, role: str):
@@ -112,3 +114,11 @@ def test_unit_order_recognises_whole_channels():
     channels = torch.randperm(5)
     assert torch.equal(unit_order(expand(channels, 4), 4), channels)
     assert unit_order(torch.randperm(20, generator=torch.Generator().manual_seed(1)), 4) is None
+
+
+def test_converted_layers_are_leaves_of_a_trace():
+    conv = nn.Conv2d(16, 16, 3)
+    block_sparse = tetris.BlockSparseConv2d.from_dense(conv, tetris.reorder(conv.weight, 8, 0.5, method="none"))
+    model = nn.Sequential(StemConv2d(3, 16, (3, 3)), block_sparse, nn.ReLU())
+    nodes = trace(model, torch.randn(1, 3, 9, 9)).graph.nodes
+    assert [n.target for n in nodes if n.op == "call_module"] == ["0", "1", "2"] and len(nodes) == 5

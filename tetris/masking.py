@@ -85,7 +85,12 @@ def mask_of(module: nn.Module) -> MaskedWeight | None:
     """The mask of a pruned layer; None for any other module."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
-    return next((p for p in module.parametrizations["weight"] if isinstance(p, MaskedWeight)), None)  # type: ignore[index,union-attr]
+    return next((p for p in _parametrizations(module)["weight"] if isinstance(p, MaskedWeight)), None)
+
+
+def _parametrizations(module: nn.Module) -> Mapping[str, parametrize.ParametrizationList]:
+    """Of a parametrized module, by parameter."""
+    return cast(Mapping[str, parametrize.ParametrizationList], module.parametrizations)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedWeight]:
@@ -105,13 +110,14 @@ def bake_masks(model: nn.Module) -> nn.Module:
     """Make the masked weights permanent, in place: plain layers whose pruned weights are zero. Returns the model."""
     for name in masked_layers(model):
         module = model.get_submodule(name)
-        if set(module.parametrizations) != {"weight"} or len(module.parametrizations["weight"]) != 1:  # type: ignore[arg-type,index]
+        given = _parametrizations(module)
+        if set(given) != {"weight"} or len(given["weight"]) != 1:
             raise UnsupportedError(
                 f"bake_masks: wanted {name} to have its mask as the only parametrization; it has others; "
                 "remove them first"
             )
         # remove_parametrizations would edit the class, which copies of the model share.
-        weight, trainable = module.weight.detach(), module.parametrizations["weight"].original.requires_grad  # type: ignore[union-attr,operator,index]
+        weight, trainable = cast(torch.Tensor, module.weight).detach(), given["weight"].original.requires_grad
         del module.parametrizations
         module.__class__ = type(module).__mro__[1]
         module.weight = nn.Parameter(weight, requires_grad=bool(trainable))
