@@ -7,7 +7,7 @@ weights. The decisions themselves are pure functions of the measurements; see :m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from tetris.masking import masked_layers
 from tetris.ops import dtype_name
 from tetris.plans import LayerPlan, ModelPlan
 from tetris.pruning import Block
-from tetris.specs import SparsitySpec, prunable_layers, resolve_sparsity, worth_pruning
+from tetris.specs import SparsitySpec, match, prunable_layers, resolve_sparsity, worth_pruning
 
 AUTO_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Measured for ``sparsity="auto"``, where a budget chooses each layer's rate."""
@@ -37,7 +37,7 @@ def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
     sparsity: SparsitySpec | str = 0.73,
-    blocks: Sequence[Block] | None = None,
+    blocks: Sequence[Block] | Mapping[str, Sequence[Block]] | None = None,
     method: str = "sort",
     *,
     importance: str = "l1",
@@ -61,7 +61,8 @@ def plan(
         example_inputs: a tensor, tuple or dict to call it with; its batch is what the plan is for.
         sparsity: as for :func:`tetris.prune`, or "auto": rates of 50 to 90 % are measured and a budget chooses. With a
             budget, given rates are the most that may be pruned.
-        blocks: candidates, edges or pairs (out, in); None takes a set that suits the device.
+        blocks: candidates, edges or pairs (out, in); a dict by layer name (globs) of these; None takes a set that
+            suits the device.
         method: the reordering that makes the measured layouts, see :func:`tetris.reorder`. "sort" takes milliseconds
             and crowds the kept blocks as the slower methods do.
         importance: "l1" or "l2".
@@ -89,13 +90,15 @@ def plan(
         raise TetrisError("plan: wanted example inputs that reach a Conv2d or Linear layer; these reach none")
     first = next(iter(inputs.values()))
     where = torch.device(device) if device is not None else first.device
-    timer = LayerTimer(blocks, method, importance, where, store or TuningStore(), repeats, seconds_per_layer, seed)
+    timer = LayerTimer(None, method, importance, where, store or TuningStore(), repeats, seconds_per_layer, seed)
+    candidates = match(blocks, list(layers), "blocks") if isinstance(blocks, Mapping) else dict.fromkeys(layers, blocks)
     plans = []
     names = [*inputs, *(name for name in layers if name not in inputs)]
     for done, name in enumerate(names):
         if progress:
             progress(name, done, len(names))
-        plans.append(_measured(name, layers[name], inputs.get(name), rates.get(name, ()), timer))
+        mine = replace(timer, blocks=candidates.get(name))
+        plans.append(_measured(name, layers[name], inputs.get(name), rates.get(name, ()), mine))
     if progress:
         progress(names[-1], len(names), len(names))
     budget = ""

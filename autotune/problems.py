@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,10 @@ from torch import nn
 from tetris.errors import TetrisError
 from tetris.graph import ExampleInputs, as_arguments
 from tetris.kernels.configs import ITEM_SIZE, Conv2dProblem, LinearProblem
-from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear, supported_padding
+from tetris.layout import grid_shape
 from tetris.ops import dtype_name
+from tetris.pruning import units_to_keep
 
 Problem = Conv2dProblem | LinearProblem
 SparseLayer = BlockSparseConv2d | BlockSparseLinear
@@ -79,11 +82,26 @@ def problem_of(layer: SparseLayer, x: LayerInput | torch.Tensor) -> Problem:
             layer.dilation, layer.block, dtype, layer.n_blocks,
         )  # fmt: skip
     if isinstance(layer, BlockSparseLinear):
-        tokens = 1
-        for size in x.shape[:-1]:
-            tokens *= size
-        return LinearProblem(tokens, layer.in_features, layer.out_features, layer.block, dtype, layer.n_blocks)
+        return LinearProblem(
+            math.prod(x.shape[:-1]), layer.in_features, layer.out_features, layer.block, dtype, layer.n_blocks
+        )
     raise TetrisError(f"problem_of: wanted a block-sparse layer; got {type(layer).__name__}")
+
+
+def problem_at(layer: nn.Conv2d | nn.Linear, x: LayerInput, block: tuple[int, int], sparsity: float) -> Problem:
+    """The problem that a dense layer would be if it were pruned; every block row keeps a block at least."""
+    c_out, c_in = layer.weight.shape[:2]
+    rows, columns = grid_shape((c_out, c_in), block)
+    kept, dtype = max(rows, units_to_keep(rows * columns, sparsity)), dtype_name(x.dtype)
+    if isinstance(layer, nn.Linear):
+        return LinearProblem(math.prod(x.shape[:-1]), c_in, c_out, block, dtype, kept)
+    kernel, stride, dilation = (
+        (int(pair[0]), int(pair[1])) for pair in (layer.kernel_size, layer.stride, layer.dilation)
+    )
+    padding = supported_padding(layer)
+    return Conv2dProblem(
+        x.shape[0], c_in, c_out, x.shape[2], x.shape[3], kernel, stride, padding, dilation, block, dtype, kept
+    )
 
 
 def flop(problem: Problem) -> float:

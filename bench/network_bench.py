@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,18 +20,19 @@ from torch import nn
 
 import tetris
 from tetris.autotune.ceilings import Ceilings, measure_ceilings
+from tetris.autotune.compile_ahead import Job, start_workers
 from tetris.autotune.device import device_name, versions
 from tetris.autotune.measure import cudnn_search
 from tetris.autotune.planner import plan
-from tetris.autotune.problems import LayerInput, capture_inputs
+from tetris.autotune.problems import LayerInput, capture_inputs, problem_at
 from tetris.autotune.timer import Timing, graphed, time_us
-from tetris.autotune.tuner import apply_tuned, tune_model
+from tetris.autotune.tuner import apply_tuned, pools, sparse_layers, tune_model
 from tetris.bench.networks import FULL, NETWORKS, QUICK, NetworkCase, trained_like
 from tetris.bench.report import pivot, table
-from tetris.bench.rows import FAILED, OK, WRONG, Row
+from tetris.bench.rows import FAILED, OK, WRONG, Row, write_csv
 from tetris.plans import ModelPlan, block_label
-from tetris.pruning import Block
-from tetris.specs import prunable_layers, resolve_sparsity
+from tetris.pruning import Block, fit_block
+from tetris.specs import match, prunable_layers, resolve_sparsity
 from tetris.tolerances import relative_error, tolerance
 
 LIBRARY = {"conv2d": "cudnn", "linear": "cublas"}
@@ -42,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--model", nargs="+", choices=sorted(NETWORKS), help="default: the networks of the targets")
     parser.add_argument("--batch", nargs="+", type=int, help="default: the network's")
-    parser.add_argument("--blocks", default="64x32,64x64", help="candidates of the planner, OUTxIN")
+    parser.add_argument("--blocks", help="candidates of the planner, OUTxIN,...; default: the network's")
     parser.add_argument("--method", default="sort", help="reordering; see tetris.reorder")
     parser.add_argument("--tune", type=int, default=0, help="configurations to measure a layer before timing")
     parser.add_argument("--compile", choices=("none", "default", "max-autotune-no-cudagraphs"), default="default")
+    parser.add_argument("--compile-seconds", type=float, default=60, help="for kernels to be compiled ahead")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--save-plan", action="store_true", help="write the plans beside the CSV")
     parser.add_argument("--plans", type=Path, help="folder of saved plans to use instead of measuring the layers again")
@@ -58,15 +61,32 @@ def parse_blocks(text: str) -> tuple[Block, ...]:
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """Every network at every batch: a row a provider, then a row a layer and candidate."""
+    """Every network at every batch: a row a provider, then a row a layer and candidate. The CSV grows as they come.
+
+    On a GPU kernels are compiled in processes of their own while the dense models are compiled here.
+    """
     dtype = torch.float16 if args.device == "cuda" else torch.float32
     ceilings = measure_ceilings(args.device, dtype)
-    rows: list[Row] = []
+    sessions = []
     for name in args.model or (QUICK if args.quick or args.device == "cpu" else FULL):
         case = NETWORKS[name]
-        model = trained_like(case, args.device, dtype)
-        for batch in args.batch or case.batches:
-            rows += Session(case, model, batch, dtype, ceilings, args).rows()
+        dense = Dense.of(case, args.device, dtype, args.compile if args.device == "cuda" else "none")
+        sessions += [Session(case, dense, batch, dtype, ceilings, args) for batch in args.batch or case.batches]
+    if args.device == "cuda":
+        workers = start_workers([job for session in sessions for job in session.jobs()], args.device)
+        for session in sessions:
+            if session.case is sessions[0].case:
+                session.compile_dense()
+        print(*workers.wait(args.compile_seconds), sep="\n", flush=True)
+    rows: list[Row] = []
+    for session in sessions:
+        try:
+            rows += session.rows()
+        except (RuntimeError, TypeError, ValueError, AssertionError) as problem:  # the other networks still count
+            traceback.print_exc()
+            reason = f"{FAILED}: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+            rows.append(Row("network", session.name, "tetris", status=reason))
+        write_csv(args.out / "network.csv", rows)
     return rows
 
 
@@ -77,12 +97,42 @@ def show(rows: list[Row]) -> str:
     return f"{pivot(layers)}\n\n{table(whole, extra=['batch', 'floor'])}"
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A network in the forms that are needed of it.
+
+    Attributes:
+        model: as it is.
+        folded: with batch norms folded into convolutions, as a user would run it.
+        compiled: ``folded`` compiled, or None.
+        epilogues: activation and whether a max-pool follows, of every layer that pruning replaces.
+    """
+
+    model: nn.Module
+    folded: nn.Module
+    compiled: Callable[..., object] | None
+    epilogues: dict[str, tuple[str, bool]]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(case: NetworkCase, device: str, dtype: torch.dtype, mode: str) -> Dense:
+        """``mode``: torch.compile's, or "none"."""
+        model = trained_like(case, device, dtype)
+        folded = with_folded_norms(model)
+        compiled = None if mode == "none" else torch.compile(folded, mode=mode, dynamic=False)
+        pruned = tetris.prune(model, case.sparsity, block=32, method="none")
+        layers = sparse_layers(tetris.convert(pruned, example_inputs=case.inputs(1, device, dtype)))
+        return Dense(
+            model, folded, compiled, {name: (layer.activation, pools(layer)) for name, layer in layers.items()}
+        )
+
+
 @dataclass
 class Session:
     """One network at one batch."""
 
     case: NetworkCase
-    model: nn.Module
+    dense: Dense
     batch: int
     dtype: torch.dtype
     ceilings: Ceilings
@@ -93,6 +143,34 @@ class Session:
         self.x = self.case.inputs(self.batch, self.device, self.dtype)
         self.name = f"{self.case.name} b{self.batch}"
         self.where = device_name(self.device), versions()
+        self.model = self.dense.model
+
+    @torch.no_grad()
+    def compile_dense(self) -> None:
+        """Let torch.compile meet this batch."""
+        if self.dense.compiled is not None:
+            self.dense.compiled(self.x)
+
+    @torch.no_grad()
+    def jobs(self) -> list[Job]:
+        """The kernels that planning and the converted network will want, as far as shapes tell."""
+        layers = prunable_layers(self.model)
+        rates = resolve_sparsity(self.case.sparsity, layers)
+        found = []
+        blocks = match(self.blocks(), list(layers), "blocks")
+        for name, x in capture_inputs(self.model, self.x, layers).items():
+            for block in blocks.get(name, ()) if name in rates else ():
+                fitted = fit_block(block, (layers[name].weight.shape[0], layers[name].weight.shape[1]))
+                problem = problem_at(layers[name], x, fitted, rates[name])
+                found += [
+                    Job(problem, bias=layers[name].bias is not None),
+                    Job(problem, "", *self.dense.epilogues[name]),
+                ]
+        return found
+
+    def blocks(self) -> dict[str, tuple[Block, ...]]:
+        """The planner's candidates by layer."""
+        return self.case.blocks if self.args.blocks is None else {"*": parse_blocks(self.args.blocks)}
 
     @torch.no_grad()
     def rows(self) -> list[Row]:
@@ -120,8 +198,8 @@ class Session:
         file = f"{self.case.name}_b{self.batch}.json"
         if self.args.plans is not None:
             return ModelPlan.load(self.args.plans / file)
-        blocks = parse_blocks(self.args.blocks)
-        made = plan(self.model, self.x, self.case.sparsity, blocks, self.args.method, repeats=self.args.repeats)
+        args = self.args
+        made = plan(self.model, self.x, self.case.sparsity, self.blocks(), args.method, repeats=args.repeats)
         if self.args.save_plan:
             made.save(self.args.out / "plans" / file)
         return made
@@ -137,15 +215,17 @@ class Session:
         finally:
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
-    def providers(self, model: nn.Module, label: str) -> dict[str, Callable[[], object]]:
-        """The ways a user would run a model."""
-        found: dict[str, Callable[[], object]] = {f"{label} eager": partial(model, self.x)}
-        if self.device == "cuda":
-            found[f"{label} graph"] = found[f"{label} eager"]
-        if self.args.compile != "none" and self.device == "cuda":
-            torch._dynamo.reset()
-            compiled = torch.compile(model, mode=self.args.compile, dynamic=False)
-            found[f"{label} compile+graph"] = partial(compiled, self.x)
+    def providers(self, fast: nn.Module) -> dict[str, Callable[[], object]]:
+        """The ways a user would run the dense and the converted model."""
+        found: dict[str, Callable[[], object]] = {}
+        for label, model in (("dense", self.dense.folded), ("tetris", fast)):
+            found[f"{label} eager"] = partial(model, self.x)
+            if self.device == "cuda":
+                found[f"{label} graph"] = found[f"{label} eager"]
+        if self.dense.compiled is not None:
+            found["dense compile+graph"] = partial(self.dense.compiled, self.x)
+            compiled = torch.compile(fast, mode=self.args.compile, dynamic=False)
+            found["tetris compile+graph"] = partial(compiled, self.x)
         return found
 
     def network_rows(self, fast: nn.Module, chosen: ModelPlan, error: float) -> list[Row]:
@@ -153,13 +233,12 @@ class Session:
         runs: dict[str, Callable[[], object]] = {}
         failures: dict[str, str] = {}
         with cudnn_search():
-            for label, model in (("dense", with_folded_norms(self.model)), ("tetris", fast)):
-                for provider, call in self.providers(model, label).items():
-                    try:
-                        call()
-                        runs[provider] = graphed(call) if provider.endswith("graph") else call
-                    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as problem:
-                        failures[provider] = f"{FAILED}: {str(problem).splitlines()[0]}"
+            for provider, call in self.providers(fast).items():
+                try:
+                    call()
+                    runs[provider] = graphed(call) if provider.endswith("graph") else call
+                except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as problem:
+                    failures[provider] = f"{FAILED}: {str(problem).splitlines()[0]}"
             times = time_us(runs, device=self.device, repeats=self.args.repeats, queue_ahead=False, budget_s=10.0)
         dense_us = min(time.median_us for provider, time in times.items() if provider.startswith("dense"))
         limit = tolerance(self.dtype) * math.sqrt(len(chosen))

@@ -10,6 +10,7 @@ from torch import nn
 
 from tetris.bench.cases import VGG16_KEPT, VGG16_MODULES, scaled_weight
 from tetris.models import MLP, VGG16, resnet50
+from tetris.pruning import Block
 from tetris.specs import prunable_layers
 
 
@@ -22,6 +23,7 @@ class NetworkCase:
         input_shape: of one sample; for an MLP stack the batch counts tokens.
         batches: what is measured by default.
         sparsity: rates by layer name (globs); layers not named stay dense.
+        blocks: candidates of the planner by layer name (globs).
         floors: speedup over the compiled dense model that is asked for, by batch.
     """
 
@@ -30,6 +32,7 @@ class NetworkCase:
     input_shape: tuple[int, ...]
     batches: tuple[int, ...]
     sparsity: dict[str, float]
+    blocks: dict[str, tuple[Block, ...]]
     floors: dict[int, float] = field(default_factory=dict)
 
     def inputs(self, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -63,12 +66,33 @@ NETWORKS: dict[str, NetworkCase] = {
     case.name: case
     for case in (
         NetworkCase(
-            "vgg16", _vgg16, (3, 224, 224), (128, 32, 8, 1), VGG16_SPARSITY, {128: 2.35, 32: 2.0, 8: 1.6, 1: 1.1}
+            "vgg16",
+            _vgg16,
+            (3, 224, 224),
+            (128, 32, 8, 1),
+            VGG16_SPARSITY,
+            {"features.*": ((64, 32),), "classifier.*": ((64, 64),)},
+            {128: 2.35, 32: 2.0, 8: 1.6, 1: 1.1},
         ),
-        NetworkCase("resnet50", resnet50, (3, 224, 224), (128,), {"layer*.*.conv2": 0.75}, {128: 1.1}),
-        NetworkCase("mlp", _mlp_stack, (4096,), (8192,), {"fc*": 0.75}, {8192: 2.2}),
-        NetworkCase("small-vgg16", _small_vgg16, (3, 32, 32), (4,), {"features.*": 0.73, "classifier.[03]": 0.73}),
-        NetworkCase("small-mlp", _small_mlp, (256,), (64,), {"fc*": 0.75}),
+        NetworkCase(
+            "resnet50",
+            resnet50,
+            (3, 224, 224),
+            (128,),
+            {"layer*.*.conv2": 0.75},
+            {"layer*.*.conv2": ((64, 32),)},
+            {128: 1.1},
+        ),
+        NetworkCase("mlp", _mlp_stack, (4096,), (8192,), {"fc*": 0.75}, {"fc*": ((64, 64),)}, {8192: 2.2}),
+        NetworkCase(
+            "small-vgg16",
+            _small_vgg16,
+            (3, 32, 32),
+            (4,),
+            {"features.*": 0.73, "classifier.[03]": 0.73},
+            {"*": (16, 32)},
+        ),
+        NetworkCase("small-mlp", _small_mlp, (256,), (64,), {"fc*": 0.75}, {"*": (32,)}),
     )
 }
 FULL = ("vgg16", "resnet50", "mlp")

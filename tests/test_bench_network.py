@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
 
+from tetris.autotune.ceilings import Ceilings
 from tetris.autotune.problems import LayerInput
 from tetris.bench.__main__ import bench_names, main, results_folder
 from tetris.bench.cases import VGG16_CONVS, VGG16_MODULES
-from tetris.bench.network_bench import dense_work, parse_blocks, with_folded_norms
+from tetris.bench.network_bench import Dense, Session, dense_work, parse_blocks, with_folded_norms
 from tetris.bench.networks import NETWORKS, trained_like
 from tetris.bench.rows import read_csv
 from tetris.models import resnet18
@@ -79,3 +82,15 @@ def test_the_baseline_has_its_batch_norms_folded() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
     assert with_folded_norms(folded) is folded
+
+
+def test_kernels_to_compile_ahead_are_those_of_the_converted_network() -> None:
+    case = NETWORKS["small-vgg16"]
+    dense = Dense.of(case, "cpu", torch.float32, "none")
+    args = argparse.Namespace(device="cpu", blocks="16", plans=None)
+    session = Session(case, dense, 4, torch.float32, Ceilings(1e10, 1e10), args)
+    jobs = session.jobs()
+    assert len(jobs) == 2 * 15 and all(job.bias for job in jobs)
+    assert [job.max_pool for job in jobs[1::2]].count(True) == 5 and not any(job.max_pool for job in jobs[::2])
+    assert {job.activation for job in jobs[1::2]} == {"relu"}
+    assert jobs[4].problem.n_blocks == max(2, round(2 * 1 * 0.27))

@@ -1,0 +1,36 @@
+"""Compiling ahead: jobs survive their trip to a worker, and a worker runs what it is given."""
+
+from __future__ import annotations
+
+from tetris.autotune.compile_ahead import Job, even_layout, run_once, start_workers
+from tetris.kernels.configs import Conv2dProblem, LinearProblem
+
+CONV = Conv2dProblem(2, 32, 64, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), (32, 16), "float32", 3)
+LINEAR = LinearProblem(4, 64, 48, (16, 32), "float32", 4)
+
+
+def test_jobs_survive_json() -> None:
+    for job in (Job(CONV, activation="relu", max_pool=True), Job(LINEAR, config='{"tile":1}', bias=False)):
+        assert Job.from_json(job.to_json()) == job
+
+
+def test_a_job_builds_its_layer_and_runs() -> None:
+    assert run_once(Job(CONV, activation="relu", max_pool=True), "cpu").shape == (2, 64, 4, 4)
+    assert run_once(Job(LINEAR), "cpu").shape == (4, 48)
+
+
+def test_layouts_are_even() -> None:
+    layout = even_layout((96, 64), (32, 16), 7, "cpu")
+    assert layout.n_blocks == 7 and sorted(layout.indptr.diff().tolist()) == [2, 2, 3]
+
+
+def test_workers_run_all_jobs_and_name_the_ones_that_fail() -> None:
+    assert start_workers([Job(CONV), Job(LINEAR), Job(LINEAR)], "cpu", workers=2).wait(120) == []
+    bad = Job(LinearProblem(4, 64, 48, (16, 32), "no_such_dtype", 4))
+    failures = start_workers([bad], "cpu", workers=1).wait(120)
+    assert len(failures) == 1 and "no_such_dtype" in failures[0]
+
+
+def test_workers_that_hang_are_ended() -> None:
+    (failure,) = start_workers([Job(CONV)], "cpu", workers=1).wait(0.01)
+    assert "ended" in failure
