@@ -12,14 +12,15 @@ from torch import nn
 import tetris
 from tetris.errors import FileFormatError, TetrisError, UnsupportedError
 from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18, resnet50
+from tetris.plans import LayerPlan, ModelPlan
 from tetris.tolerances import relative_error, tolerance
 
 ZOO = {
     "lenet": (LeNet, (2, 1, 28, 28)),
     "vgg16": (lambda: VGG16(width=0.125, pooled=1), (2, 3, 32, 32)),
     "vgg16_bn": (lambda: VGG16(width=0.125, pooled=2, batch_norm=True), (1, 3, 64, 64)),
-    "resnet18": (lambda: resnet18(width=16), (2, 3, 32, 32)),
-    "resnet50": (lambda: resnet50(width=8), (1, 3, 32, 32)),
+    "resnet18": (lambda: resnet18(width=16), (2, 3, 24, 24)),
+    "resnet50": (lambda: resnet50(width=8), (1, 3, 24, 24)),
     "mlp": (lambda: MLP(32, 64, 48, 10), (3, 32)),
     "transformer": (lambda: TransformerBlock(32), (2, 5, 32)),
 }
@@ -42,7 +43,7 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
 @functools.cache
 def pruned_once(name: str, permutations: str) -> tuple[nn.Module, torch.Tensor]:
     model, x = make(name)
-    options = {"method": "paper", "permutations": permutations, "example_inputs": x}
+    options = {"method": "sort", "permutations": permutations, "example_inputs": x}
     return tetris.prune(model, 0.6, block=(16, 8), **options), x
 
 
@@ -80,7 +81,7 @@ def test_untraceable_models_convert_with_a_warning():
     model, x = Branching(32, 64, 32), torch.randn(3, 32)
     with pytest.raises(UnsupportedError, match=r"torch\.fx can trace"):
         tetris.prune(model, 0.5, permutations="shared", example_inputs=x)
-    pruned = tetris.prune(model, 0.5, block=8, example_inputs=x)
+    pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
     with pytest.warns(UserWarning, match="every layer keeps its own permutations"):
         fast = tetris.convert(pruned, example_inputs=x)
     assert relative_error(fast(x), pruned(x)) < tolerance(torch.float32)
@@ -217,3 +218,11 @@ def test_save_wants_a_converted_model(tmp_path):
     with pytest.raises(TetrisError, match=r"tetris\.convert"):
         tetris.save(LeNet(), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_leaves_everything_dense_goes_through():
+    model, x = make("lenet")
+    plan = ModelPlan((LayerPlan("fc1", "linear", (500, 800)),))
+    pruned = tetris.prune(model, plan=plan, example_inputs=x)
+    fast = tetris.convert(pruned, example_inputs=x, plan=plan)
+    assert not tetris.masked_layers(pruned) and relative_error(fast(x), model(x)) < tolerance(torch.float32)

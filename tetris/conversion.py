@@ -109,7 +109,7 @@ def convert(
         TetrisError: nothing in the model is pruned by blocks.
     """
     found = {n: r for n, r in reorderings(model).items() if r.block_mask is not None}
-    if not found:
+    if not found and plan is None:
         raise TetrisError(
             "convert: wanted a model with layers pruned by blocks; got none; "
             "call tetris.prune(model, sparsity=...) first"

@@ -208,6 +208,8 @@ def prune(
             importance_of(request.weight, request.importance)
         except TetrisError as error:
             raise type(error)(f"{request.name}: {error}") from error
+    if not requests:
+        return copy.deepcopy(model)
     graph = _sharing_graph(model, permutations, structure, method, example_inputs)
     pruned = copy.deepcopy(model)
     options = {"method": method, "seed": seed, "steps": steps}
