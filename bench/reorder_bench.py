@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
+from collections.abc import Iterator
 
 import torch
 
 from tetris.autotune.device import device_name, versions
 from tetris.bench.reorder_cases import ReorderCase, quality_cases, vgg16_weights
 from tetris.bench.report import geometric_mean
-from tetris.bench.rows import Row
+from tetris.bench.rows import FAILED, Row, write_csv
+from tetris.errors import TetrisError
 from tetris.importance import channel_importance
-from tetris.pruning import keep_largest
+from tetris.layout import grid_shape
+from tetris.pruning import keep_largest, units_to_keep
 from tetris.reordering import Reordering, reorder
+from tetris.search.system import BlockProblem, System
+from tetris.search.transport import certify, solve
 
 METHODS: tuple[tuple[str, str, int], ...] = (
     ("none", "none", 1),
@@ -36,20 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--seeds", type=int, default=3, help="random matrices of every kind")
     parser.add_argument("--part", choices=("all", "quality", "vgg16"), default="all", help="what to measure")
-    parser.add_argument("--limit", type=int, help="measure every n-th case only, so that at most this many are left")
+    parser.add_argument("--matrices", nargs="+", help="only these kinds of matrix, such as gaussian or planted")
+    parser.add_argument("--blocks", nargs="+", help="only these blocks, such as 32x32")
+    parser.add_argument("--sigmas", nargs="+", type=float, default=[0.0, 0.6], help="spread of VGG16's channels")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """Quality over the suite, then speed over VGG16."""
+    """Speed over VGG16, then quality over the suite. The CSV grows case by case, so that a run cut short leaves one."""
     rows: list[Row] = []
-    if args.part in ("all", "quality"):
-        cases = quality_cases(args.device, args.seeds, args.quick)
-        step = -(-len(cases) // args.limit) if args.limit else 1
-        for case in cases[::step]:
-            rows += measure_quality(case, args.device, args.quick)
     if args.part in ("all", "vgg16") and not args.quick:
-        for sigma in (0.0, 0.6):
-            rows += measure_vgg16(sigma, args.device)
+        for sigma in args.sigmas:
+            for found in measure_vgg16(sigma, args.device):
+                rows += found
+                write_csv(args.out / "reorder.csv", rows)
+    if args.part in ("all", "quality"):
+        for case in quality_cases(args.device, args.seeds, args.quick, args.matrices, args.blocks):
+            rows += measure_quality(case, args.device, args.quick)
+            write_csv(args.out / "reorder.csv", rows)
     return rows
 
 
@@ -98,26 +107,54 @@ def measure_quality(case: ReorderCase, device: str, quick: bool) -> list[Row]:
     ]
 
 
-def measure_vgg16(sigma: float, device: str) -> list[Row]:
-    """Search times of VGG16's layers and their sum, 32x32 blocks, the paper's rates; peak memory beyond the weight."""
+def measure_vgg16(sigma: float, device: str) -> Iterator[list[Row]]:
+    """Search times of VGG16's layers and their sum, method by method: 32x32 blocks, the paper's rates."""
     kind = "gaussian" if sigma == 0 else f"lognormal {sigma:g}"
     layers = [(name, weight.to(device), sparsity) for name, weight, sparsity in vgg16_weights(sigma)]
-    rows = []
     wanted = [m for m in METHODS if m[0] != "none"]
     if device == "cpu":  # annealing all of VGG16 is the GPU's business
         wanted = [m for m in wanted if m[1] in ("sort", "paper", "batched")]
+    if device != "cpu":
+        name, weight, sparsity = next(layer for layer in layers if layer[0] == "fc6")
+        yield [measure_exact_step(f"VGG16 {name} M-step {kind}", weight, sparsity, kind)]
     for provider, method, steps in wanted:
-        seconds, swaps = 0.0, 0
+        rows, seconds, swaps = [], 0.0, 0
         for name, weight, sparsity in layers:
-            reorder(weight, 32, sparsity, method, steps=min(steps, 2)) if weight.is_cuda else None
-            peak = _reset_peak(weight)
-            r = reorder(weight, 32, sparsity, method, steps=steps)
+            case = f"VGG16 {name} {kind}"
+            try:
+                if weight.is_cuda:
+                    reorder(weight, 32, sparsity, method, steps=min(steps, 2))  # compiles
+                before = _reset_peak(weight)
+                r = reorder(weight, 32, sparsity, method, steps=steps)
+            except (RuntimeError, TetrisError) as error:
+                rows.append(Row("reorder", case, provider, status=f"{FAILED}: {error}", device=device_name(device)))
+                seconds = math.nan
+                continue
             seconds, swaps = seconds + r.seconds, swaps + r.n_swaps
-            extra = {"matrix": kind, "retained": r.retained, "swaps": r.n_swaps, "megabytes": _peak_since(weight, peak)}
-            rows.append(_vgg_row(f"VGG16 {name} {kind}", provider, r.seconds, device, extra))
-        extra = {"matrix": kind, "swaps": swaps}
-        rows.append(_vgg_row(f"VGG16 all {kind}", provider, seconds, device, extra))
-    return rows
+            megabytes = _peak_since(weight, before)
+            extra = {"matrix": kind, "retained": r.retained, "swaps": r.n_swaps, "megabytes": megabytes}
+            rows.append(_vgg_row(case, provider, r.seconds, device, extra))
+        rows.append(_vgg_row(f"VGG16 all {kind}", provider, seconds, device, {"matrix": kind, "swaps": swaps}))
+        yield rows
+
+
+def measure_exact_step(case: str, weight: torch.Tensor, sparsity: float, kind: str) -> Row:
+    """One exact M-step along the inputs, from a random assignment, for the mask of the given order."""
+    rows, columns = grid_shape((weight.shape[0], weight.shape[1]), (32, 32))
+    system = System([BlockProblem(weight.abs(), (32, 32), units_to_keep(rows * columns, sparsity))])
+    masks, _ = system.expectation()
+    values = system.values(1, masks)
+    seconds = math.inf
+    for _ in range(3):
+        partition = system.partitions[1]
+        partition.order.copy_(torch.randperm(len(partition.order), generator=torch.Generator().manual_seed(0)))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        moves, _ = solve(values, partition)
+        seconds = min(seconds, time.perf_counter() - began)
+    certificate = certify(values, partition)
+    extra = {"matrix": kind, "swaps": moves, "gap": certificate.gap, "optimal": int(certificate.is_optimal)}
+    return _vgg_row(case, "exact M-step", seconds, "cuda", extra)
 
 
 def _vgg_row(case: str, provider: str, seconds: float, device: str, extra: dict) -> Row:

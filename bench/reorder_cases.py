@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tetris.bench.cases import VGG16_CONVS, VGG16_LINEARS, scaled_weight
-from tetris.bench.trained import trained_weights
+from tetris.bench.trained import TRAINED, trained_weights
 
 SQUARE = ((16, 16), (32, 32), (64, 64))
 RECTANGULAR = ((64, 16), (64, 32), (128, 32))
@@ -49,25 +49,31 @@ def planted(size: int, block: tuple[int, int], sparsity: float, seed: int) -> tu
     return weight[row_order][:, column_order].contiguous(), float(weight[mask].sum() / weight.sum())
 
 
-def quality_cases(device: str, seeds: int, quick: bool) -> list[ReorderCase]:
-    """Random, planted and trained weights x blocks x sparsities."""
+def quality_cases(
+    device: str, seeds: int, quick: bool, matrices: list[str] | None = None, blocks: list[str] | None = None
+) -> list[ReorderCase]:
+    """Random, planted and trained weights x blocks x sparsities; ``matrices`` and ``blocks`` choose among them."""
     size = 128 if quick else 512
-    blocks = ((16, 16), (32, 16)) if quick else SQUARE + RECTANGULAR
     sparsities = (0.73,) if quick else SPARSITIES
-    trained = trained_weights(device, quick=quick)
+    wanted = ((16, 16), (32, 16)) if quick else SQUARE + RECTANGULAR
+    random = {"gaussian": gaussian, "heavy-tailed": lambda size, seed: scaled_weight((size, size), 1.0, seed)}
+    trained = trained_weights(device, quick=quick) if matrices is None or set(matrices) & set(TRAINED) else {}
     cases = []
-    for block in blocks:
+    for block in wanted:
         for sparsity in sparsities:
             for seed in range(seeds):
-                cases.append(ReorderCase("gaussian", gaussian(size, seed), block, sparsity, seed))
-                heavy = scaled_weight((size, size), 1.0, seed)
-                cases.append(ReorderCase("heavy-tailed", heavy, block, sparsity, seed))
+                cases += [ReorderCase(name, make(size, seed), block, sparsity, seed) for name, make in random.items()]
             cases += [ReorderCase(name, weight, block, sparsity, 0) for name, weight in trained.items()]
     for seed in range(2 if quick else 10):
         block = (16, 16) if quick else (32, 32)
         weight, ceiling = planted(size, block, 0.73, seed)
         cases.append(ReorderCase("planted", weight, block, 0.73, seed, ceiling))
-    return cases
+    return [
+        case
+        for case in cases
+        if (matrices is None or case.matrix in matrices)
+        and (blocks is None or f"{case.block[0]}x{case.block[1]}" in blocks)
+    ]
 
 
 def vgg16_weights(sigma: float) -> list[tuple[str, torch.Tensor, float]]:

@@ -11,6 +11,8 @@ from torch import nn
 
 from tetris.models import LeNet
 
+TRAINED = ("lenet fc1", "vgg conv3", "vgg conv4", "vgg fc1")
+"""What :func:`trained_weights` returns."""
 TRAIN_IMAGES = 1437
 """Of 1797; the rest tests."""
 
@@ -65,9 +67,5 @@ def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> 
         _train(model, images, labels, 1 if quick else epochs, seed)
     largest = max((m for m in lenet.modules() if isinstance(m, nn.Linear)), key=lambda m: m.weight.numel())
     convs = [m for m in vgg.modules() if isinstance(m, nn.Conv2d)]
-    return {
-        "lenet fc1": largest.weight.detach(),
-        "vgg conv3": convs[2].weight.detach(),
-        "vgg conv4": convs[3].weight.detach(),
-        "vgg fc1": vgg[-3].weight.detach(),
-    }
+    layers = (largest, convs[2], convs[3], vgg[-3])
+    return {name: layer.weight.detach() for name, layer in zip(TRAINED, layers)}
