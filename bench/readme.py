@@ -94,6 +94,18 @@ TABLES: dict[str, ReadmeTable] = {
         ),
         keep=lambda row: row.extra["sparsity"] in (0.73, 0.9) and row.extra["block"] in (1, 32),
     ),
+    "cpu-layers": ReadmeTable(
+        csv="cpu/cpu.csv",
+        columns=(
+            ("layer", "case", str),
+            ("block", "block", str),
+            ("us", "median_us", microseconds),
+            ("p10", "p10_us", microseconds),
+            ("p90", "p90_us", microseconds),
+            ("speedup", "speedup", times),
+        ),
+        keep=lambda row: row.provider == "tetris" and row.extra["layout"] == "reordered",
+    ),
 }
 
 
