@@ -17,7 +17,7 @@ from tetris.bench.conv_cases import CASES, QUICK_CASES
 from tetris.bench.conv_chain import chain_rows
 from tetris.bench.conv_measure import compile_all, measure
 from tetris.bench.report import table
-from tetris.bench.rows import Row
+from tetris.bench.rows import Row, write_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             ceilings[case.dtype] = conv_ceilings(case.dtype)
         rows += measure(case, ceilings[case.dtype], args.candidates, args.repeats)
         print(f"{case.name}: {rows[-1].speedup:.2f} (floor {case.floor}, target {case.target})", flush=True)
+        write_csv(args.out / "conv.csv", rows)  # a run that is cut short keeps what it measured
         torch.cuda.empty_cache()
     if not (args.quick or args.match or args.no_chain):
         rows += chain_rows(args.candidates, args.repeats, ceilings.get("float16") or conv_ceilings("float16"))

@@ -166,7 +166,8 @@ def measure(case: Case, ceilings: Ceilings, most: int = 4, repeats: int = 15) ->
     images = operands.x
     if len(images) > 2 * CHECKED_IMAGES:
         images = torch.cat([images[:CHECKED_IMAGES], images[-CHECKED_IMAGES:]])
-    expected = operands.cudnn(images.double(), operands.pruned.double())
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        expected = operands.cudnn(images.double(), operands.pruned.double())
     runs: dict[str, Callable[[], torch.Tensor]] = {BASELINE: lambda: operands.cudnn(operands.x, operands.dense)}
     errors: dict[str, float] = {}
     for index, config in enumerate(configs):

@@ -140,12 +140,12 @@ def launch_arguments(
     *,
     activation: str,
     max_pool: bool,
-    turns: bool = False,
+    turns: bool = True,
     producer_warps: int = 1,
 ) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
 
-    ``turns`` (the warpgroups multiply half a step apart) and ``producer_warps`` are there for ablations.
+    ``turns`` (whether :attr:`ConvTile.turns` counts) and ``producer_warps`` are there for ablations.
     """
     scale = 2 if max_pool else 1
     _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)

@@ -13,7 +13,7 @@ from tetris.kernels.hopper.geometry import ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.layout import ceil_div
 
-IMAGES = {"images": (8, 16, 32, 64), "copies": (1, 2, 4)}
+IMAGES = {"images": (8, 16, 32), "copies": (1, 2, 4)}
 ROWS = (2, 4, 6, 7, 8)
 COLUMNS = (1, 2, 4, 8, 16, 32)
 LOAD_BYTES_PER_CYCLE = 30.0
@@ -89,7 +89,7 @@ def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -
     steps = blocks * tile.k_steps
     rate = 2048.0 * 2 / tile.item_size * _fullness(tile.accumulator_pixels)
     products = pixels * 64 * tile.tile_k * tile.taps / rate
-    products = max(products, tile.taps * TAP_CYCLES * (1 if tile.turns else 2))
+    products = max(products, tile.taps * TAP_CYCLES)
     weights = tile.taps * 64 * tile.tile_k * tile.item_size
     loads = (tile.x_step_bytes + weights) / LOAD_BYTES_PER_CYCLE
     if tile.x_stages < 2:
@@ -102,7 +102,7 @@ def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -
 
 def _fullness(columns: int) -> float:
     """Share of the peak that wgmma of so many columns reaches with its left operand in registers."""
-    return {8: 0.2, 16: 0.35, 32: 0.65, 64: 0.96}.get(columns, 1.0)
+    return {8: 0.25, 16: 0.5, 32: 0.75, 64: 0.96}.get(columns, 1.0)
 
 
 def _memory_bytes(problem: Conv2dProblem, max_pool: bool) -> float:
