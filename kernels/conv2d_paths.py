@@ -30,7 +30,9 @@ def choose_conv2d_config(
 def conv2d_launcher(kernel: str) -> Callable[..., torch.Tensor]:
     """The launcher of a config's ``kernel``; imports Triton."""
     if kernel == "hopper":
-        from tetris.kernels.hopper.conv2d import block_sparse_conv2d as launch
-    else:
-        from tetris.kernels.conv2d import block_sparse_conv2d as launch
-    return launch
+        from tetris.kernels.hopper import conv2d as hopper
+
+        return hopper.block_sparse_conv2d
+    from tetris.kernels import conv2d as portable
+
+    return portable.block_sparse_conv2d
