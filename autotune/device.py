@@ -8,6 +8,7 @@ import re
 
 import torch
 
+from tetris.dispatch import device_info as gpu_info
 from tetris.kernels.configs import DeviceInfo
 
 CPU = "cpu"
@@ -57,10 +58,6 @@ def device_info(device: str | torch.device = "cuda") -> DeviceInfo:
     A machine without a GPU answers with capability (0, 0) and one multiprocessor a thread.
     """
     device = torch.device(device)
-    triton = package_version("triton")
-    if device.type != "cuda":
-        return DeviceInfo(device_name(device), (0, 0), torch.get_num_threads(), triton)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return DeviceInfo(properties.name, (0, 0), properties.multi_processor_count, triton, backend="hip")
-    return DeviceInfo(properties.name, (properties.major, properties.minor), properties.multi_processor_count, triton)
+    if device.type == "cuda":
+        return gpu_info(device)
+    return DeviceInfo(device_name(device), (0, 0), torch.get_num_threads(), package_version("triton"))

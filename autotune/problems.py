@@ -104,6 +104,11 @@ def problem_at(layer: nn.Conv2d | nn.Linear, x: LayerInput, block: tuple[int, in
     )
 
 
+def pools(layer: SparseLayer) -> bool:
+    """Whether the layer's result is max-pooled."""
+    return isinstance(layer, BlockSparseConv2d) and layer.max_pool
+
+
 def flop(problem: Problem) -> float:
     """Operations of the kept blocks, a multiply-add counted twice; incomplete blocks count whole."""
     per_position = 2.0 * problem.n_blocks * problem.block[0] * problem.block[1]

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field
 
 from tetris.autotune.space import Config
 
+FIRST = 0.6
+"""Share of the budget spent on the cost model's proposals before neighbours of the best are tried."""
+
 Measure = Callable[[list[Config]], dict[Config, float]]
 """Configurations -> microseconds; infinite for one that fails or answers wrongly."""
 
@@ -49,18 +52,22 @@ def spread(ranked: Sequence[Config], count: int) -> list[Config]:
     return (firsts + [config for config in ranked if config not in firsts])[:count]
 
 
-def search(ranked: Sequence[Config], measure: Measure, budget: int = 24, first: float = 0.6) -> Found:
+def first_batch(ranked: Sequence[Config], budget: int) -> list[Config]:
+    """What a search measures before it knows anything."""
+    return spread(ranked, max(1, round(budget * FIRST)))
+
+
+def search(ranked: Sequence[Config], measure: Measure, budget: int = 24) -> Found:
     """The fastest configuration found within ``budget`` measurements.
 
     Args:
         ranked: all configurations, the most promising first; the analytic default may stand anywhere in it.
         measure: times a batch.
         budget: how many configurations may be measured.
-        first: share of the budget spent on the cost model's proposals before neighbours of the best are tried.
     Returns:
         the winner and all measurements. Time is infinite if every configuration failed.
     """
-    measured = measure(spread(ranked, max(1, round(budget * first))))
+    measured = measure(first_batch(ranked, budget))
     while len(measured) < min(budget, len(ranked)):
         leaders = sorted(measured, key=lambda config: measured[config])[:2]
         rest = [config for config in ranked if config not in measured]

@@ -6,32 +6,22 @@ look-up) or :func:`tune_model` (a search), constant afterwards, so CUDA graphs a
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from tetris.autotune.cost import rank
+from tetris.autotune.compile_ahead import start_workers
 from tetris.autotune.device import device_info
-from tetris.autotune.problems import LayerInput, Problem, SparseLayer, capture_inputs, flop, problem_of
-from tetris.autotune.search import search
-from tetris.autotune.space import Config, config_space, default_config, is_valid
-from tetris.autotune.store import Entry, TuningStore, problem_key
-from tetris.autotune.timer import time_us
+from tetris.autotune.problems import Problem, SparseLayer, capture_inputs, flop, pools, problem_of
+from tetris.autotune.space import is_valid
+from tetris.autotune.store import Entry, Match, TuningStore, problem_key
+from tetris.autotune.tune_problem import LayerBench, first_jobs, tune_problem
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.graph import ExampleInputs
-from tetris.kernels.configs import DeviceInfo, LinearProblem
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
-
-COMPILE_THREADS = 8
-"""Configurations compiled at once: most of a compilation runs outside Python."""
-TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 4e-3}
-"""Largest ||y - y_default|| / ||y_default|| of a configuration that is taken; other summation orders stay far below."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,11 +75,6 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseConv2d | BlockSparseLinear)}
 
 
-def pools(layer: SparseLayer) -> bool:
-    """Whether the layer's result is max-pooled."""
-    return isinstance(layer, BlockSparseConv2d) and layer.max_pool
-
-
 def use_config(layer: SparseLayer, key: str) -> None:
     """Give a layer a configuration; launches prepared with another one are forgotten."""
     layer.config = key
@@ -124,6 +109,7 @@ def tune_model(
     budget: int = 24,
     again: bool = False,
     share: tuple[int, int] = (0, 1),
+    processes: int | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Search a configuration for every distinct problem of a converted model; store it and set it on the layers.
@@ -138,6 +124,8 @@ def tune_model(
         again: search problems that the store already holds for this device and Triton version.
         share: (rank, world): this process and how many share the work, one GPU each (see :func:`rank_and_world`);
             it takes every world-th problem, the most expensive dealt out first. Its layers alone get a config.
+        processes: compile the first proposals of all problems in so many processes beforehand; None = a sensible
+            number, 0 = none.
         progress: called as ``progress(layer, problems done, problems in all)``.
     Returns:
         what was chosen and tried.
@@ -161,16 +149,21 @@ def tune_model(
     rank_, world = share
     dealt = list(problems.items()) if world == 1 else sorted(problems.items(), key=lambda item: -flop(item[1][1]))
     mine = dealt[rank_::world]
+    if processes != 0 and mine:
+        gpu = inputs[mine[0][1][0]].device
+        known = {key for key, (name, problem) in mine if _known(store, problem, gpu, layers[name]) and not again}
+        wanted = [(problem, layers[name]) for key, (name, problem) in mine if key not in known]
+        start_workers(first_jobs(wanted, device_info(gpu), budget), str(gpu), processes).wait()
     for done, (key, (name, problem)) in enumerate(mine):
         if progress:
             progress(name, done, len(mine))
         device, pooled = device_info(inputs[name].device), pools(layers[name])
-        match = store.lookup(problem, device, farthest=0, max_pool=pooled)
+        match = _known(store, problem, inputs[name].device, layers[name])
         if match and not again:
             tuning.reused.add(key)
             tuning.entries.append(match.entry)
         else:
-            bench = _Bench(layers[name], inputs[name], problem, tuning.failures)
+            bench = LayerBench(layers[name], inputs[name], problem, tuning.failures)
             entry = tune_problem(problem, device, bench, budget, pooled)
             store.put([entry])
             tuning.entries.append(entry)
@@ -181,92 +174,6 @@ def tune_model(
     return tuning
 
 
-def tune_problem(
-    problem: Problem,
-    device: DeviceInfo,
-    measure: Callable[[Sequence[Config], int], dict[Config, float]],
-    budget: int,
-    max_pool: bool = False,
-) -> Entry:
-    """Search one problem: ranked proposals, a few measurements of each, then the finalists against the default.
-
-    Args:
-        measure: (configurations, timed runs) -> microseconds, infinite for those that fail.
-    Raises:
-        TetrisError: not even the default runs.
-    """
-    default = default_config(problem, device, max_pool)
-    ranked = rank(problem, device, config_space(problem, device, max_pool))
-    ranked = [default, *(config for config in ranked if config != default)]
-    found = search(ranked, lambda configs: measure(configs, 7), budget)
-    leaders = sorted(found.measured, key=lambda config: found.measured[config])[:3]
-    final = measure(list(dict.fromkeys([default, *leaders])), 25)
-    best = min(final, key=lambda config: final[config])
-    if math.isinf(final[best]):
-        raise TetrisError(f"tune: no configuration runs {problem} on {device.name}; the failures say why")
-    return Entry(
-        device.name,
-        device.capability,
-        device.triton_version,
-        problem,
-        best,
-        final[best],
-        final[default],
-        len(found.measured),
-        max_pool,
-    )
-
-
-@dataclass
-class _Bench:
-    """Times configurations of one layer, each checked against the default's result."""
-
-    layer: SparseLayer
-    x: LayerInput
-    problem: Problem
-    failures: dict[str, str]
-
-    def __post_init__(self) -> None:
-        self.images = self.x.random(self.x.device, channels_last=True)
-        with torch.no_grad():
-            self.reference = self._with("")(self.images).float()
-
-    def _with(self, config: str) -> nn.Module:
-        layer = copy.copy(self.layer)
-        layer.config = config
-        return layer
-
-    def __call__(self, configs: Sequence[Config], repeats: int) -> dict[Config, float]:
-        times = dict.fromkeys(configs, math.inf)
-        with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-            sound = [config for config, ok in zip(configs, pool.map(self._is_sound, configs)) if ok]
-        runs = {config.to_key(): self._call(config) for config in sound}
-        with torch.no_grad():
-            found = time_us(
-                runs,
-                device=self.x.device,
-                warmup=1,
-                repeats=repeats,
-                cold_l2=not isinstance(self.problem, LinearProblem),
-            )
-        return times | {config: found[config.to_key()].median_us for config in sound}
-
-    def _call(self, config: Config) -> Callable[[], object]:
-        layer, x = self._with(config.to_key()), self.images
-        return lambda: layer(x)
-
-    def _is_sound(self, config: Config) -> bool:
-        """Compile and run once; a failure or a wrong result is noted, not raised: it is a finding about the config."""
-        with torch.no_grad(), torch.cuda.device(self.x.device):
-            try:
-                y = self._with(config.to_key())(self.images).float()
-                error = float((y - self.reference).norm() / self.reference.norm().clamp_min(1e-30))
-            except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
-                self.failures[config.to_key()] = (
-                    f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-                )
-                return False
-        if not error <= TOLERANCE[self.problem.dtype]:
-            self.failures[config.to_key()] = f"differs from the default's result by {error:.2e}"
-            return False
-        return True
+def _known(store: TuningStore, problem: Problem, gpu: torch.device, layer: SparseLayer) -> Match | None:
+    """The store's entry for this very problem, device and version."""
+    return store.lookup(problem, device_info(gpu), farthest=0, max_pool=pools(layer))

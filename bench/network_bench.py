@@ -24,9 +24,9 @@ from tetris.autotune.compile_ahead import Job, start_workers
 from tetris.autotune.device import device_name, versions
 from tetris.autotune.measure import cudnn_search
 from tetris.autotune.planner import plan
-from tetris.autotune.problems import LayerInput, capture_inputs, problem_at
+from tetris.autotune.problems import LayerInput, capture_inputs, pools, problem_at
 from tetris.autotune.timer import Timing, graphed, time_us
-from tetris.autotune.tuner import apply_tuned, pools, sparse_layers, tune_model
+from tetris.autotune.tuner import apply_tuned, sparse_layers, tune_model
 from tetris.bench.networks import FULL, NETWORKS, QUICK, NetworkCase, trained_like
 from tetris.bench.report import pivot, table
 from tetris.bench.rows import FAILED, OK, WRONG, Row, write_csv

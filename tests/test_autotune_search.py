@@ -15,7 +15,8 @@ from tetris.autotune.cost import estimate_us, rank
 from tetris.autotune.search import difference, search, spread
 from tetris.autotune.space import boxes, config_space, default_config, is_valid
 from tetris.autotune.store import Entry, TuningStore
-from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model, tune_problem
+from tetris.autotune.tune_problem import first_jobs, tune_problem
+from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
 from tetris.layout import ceil_div
@@ -202,6 +203,21 @@ def test_the_cpu_has_nothing_to_tune(tmp_path) -> None:
     with pytest.raises(TetrisError, match=r"tetris\.convert"):
         tune_model(nn.Linear(4, 4), torch.zeros(1, 4), store=store)
     assert not (tmp_path / "tuning.json").exists()
+
+
+def test_what_a_search_measures_first_is_compiled_ahead() -> None:
+    fast, _ = converted()
+    layer = sparse_layers(fast)["0"]
+    jobs = first_jobs([(linear(), layer)], H200, budget=10)
+    measured: list[list[object]] = []
+
+    def measure(configs, repeats):
+        measured.append([config.to_key() for config in configs])
+        return {config: true_time(linear(), config) for config in configs}
+
+    tune_problem(linear(), H200, measure, budget=10)
+    assert [job.config for job in jobs] == measured[0] and len(jobs) == 6
+    assert all(job.activation == "relu" and job.bias and not job.max_pool for job in jobs)
 
 
 def test_tuning_prints_gain_and_failures() -> None:
