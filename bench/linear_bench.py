@@ -22,9 +22,10 @@ from tetris.autotune.device import device_info, device_name, versions
 from tetris.autotune.timer import time_us
 from tetris.bench.cases import LAYOUTS, LinearCase
 from tetris.bench.report import table
-from tetris.bench.rows import Row
-from tetris.kernels.configs import LinearConfig, LinearProblem, default_linear_config
-from tetris.kernels.linear_paths import choose_linear_config, linear_launcher
+from tetris.bench.rows import Row, write_csv
+from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, default_linear_config
+from tetris.kernels.hopper.linear import supports as hopper_supports
+from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config, linear_launcher
 from tetris.layout import BlockLayout
 from tetris.packing import pack
 from tetris.tolerances import relative_error, tolerance
@@ -73,12 +74,16 @@ CASES: tuple[Case, ...] = (
     Case(_square(8192), (128, 16), "random", 2.5, 3.3),
     Case(_square(8192), (128, 16), "reordered", 2.5, 3.3),
     Case(LinearCase("14336-4096", 14336, 4096, 8192, 0.10), (64, 64), "random", 6, 8),
+    Case(LinearCase("14336-4096", 14336, 4096, 8192, 0.10), (64, 64), "reordered", 6, 8),
     Case(FC6, (64, 64), "random", 10, 18),
+    Case(FC6, (64, 64), "reordered", 10, 18),
     Case(FC6.at(128), (64, 64), "random", 5, 12),
     Case(UP, (64, 64), "random", 2.2, 3.3),
     Case(UP.at(16), (64, 64), "random", 2.2, 3.3),
     Case(_square(128), (64, 64), "random", 1.6, 2.8),
-    Case(_square(1024), (64, 64), "random"),
+    Case(_square(128), (64, 64), "reordered", 1.6, 2.8),
+    Case(_square(512), (64, 64), "reordered"),
+    Case(_square(1024), (64, 64), "reordered"),
     Case(_square(8192, 0.60), (64, 64), "random", 1.0),
     Case(_square(8192, 0.75), (64, 64), "random"),
     Case(_square(8192, 0.90), (64, 64), "random", math.nan, 1.0),
@@ -94,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--sweep", type=int, default=24, help="torch BSR configurations tried a case; 0 = no sweep")
+    parser.add_argument("--sweep", type=int, default=8, help="torch BSR configurations tried a case; 0 = no sweep")
     parser.add_argument("--repeats", type=int, default=15)
 
 
@@ -161,6 +166,24 @@ def tetris_callable(operands: Operands, config: LinearConfig) -> Callable[[], to
     )
 
 
+def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
+    """Few configs that a tuner would try: both tiles of the Hopper kernel, the portable one's, decode programs."""
+    if problem.tokens <= DECODE_TOKENS:
+        base = decode_config(problem, info)
+        shapes = [(16, 256, 4, 1), (64, 128, 4, 5), (64, 256, 4, 3)]
+        return [
+            replace(base, tile_out=out, tile_k=k, num_warps=warps, num_stages=stages)
+            for out, k, warps, stages in shapes
+            if k >= base.tile_k // 2
+        ]
+    hopper = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in (256, 128)]
+    portable = default_linear_config(problem, info)
+    tiles = [tile for tile in (256, 128, 64) if tile <= max(64, problem.tokens) and tile * portable.tile_out <= 16384]
+    return [config for config in hopper if hopper_supports(problem, info, config) is None] + [
+        replace(portable, tile_tokens=tile, num_stages=10 if tile == 64 else 7) for tile in tiles
+    ]
+
+
 def tetris_cpu_callable(operands: Operands) -> Callable[[], torch.Tensor]:
     """Our layer on a CPU."""
     from tetris.kernels.cpu.linear import prepare, run
@@ -208,21 +231,19 @@ def bsr_callable(operands: Operands, meta: dict[str, int] | None) -> Callable[[]
     return lambda: bsr_dense_addmm(zero, weight, columns, beta=0, meta=meta).T
 
 
-def swept_bsr(operands: Operands, budget: int, device: str) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
-    """The fastest of ``budget`` BSR parameter sets and its parameters; sets that do not fit the GPU are passed over."""
+def fastest(runs: dict[str, Callable[[], torch.Tensor]], device: str, short: bool) -> str:
+    """The name of the fastest; those that do not fit the GPU are passed over."""
     from triton.runtime.errors import OutOfResources
 
-    candidates, metas = {}, {}
-    for meta in bsr_metas(operands.x.shape[0], budget):
-        run = bsr_callable(operands, meta)
+    fitting = {}
+    for name, run in runs.items():
         try:
             run()
         except OutOfResources:
             continue
-        candidates[str(meta)], metas[str(meta)] = run, meta
-    times = time_us(candidates, device=device, warmup=1, repeats=3)
-    best = min(times, key=lambda name: times[name].median_us)
-    return candidates[best], metas[best]
+        fitting[name] = run
+    times = time_us(fitting, device=device, warmup=1, repeats=4, cuda_graph=short, cold_l2=short)
+    return min(times, key=lambda name: times[name].median_us)
 
 
 def providers(
@@ -235,22 +256,24 @@ def providers(
     if device == "cpu":
         runs["tetris"] = tetris_cpu_callable(operands)
         return runs, notes, missing
-    layer, info = case.layer, device_info(device)
+    layer, info, short = case.layer, device_info(device), case.layer.tokens <= SHORT_TOKENS
     problem = LinearProblem(
         layer.tokens, layer.in_features, layer.out_features, case.block, dtype, operands.layout.n_blocks
     )
     config = choose_linear_config(problem, info)
-    runs["tetris"], notes["tetris"] = tetris_callable(operands, config), config.kernel
-    if config.kernel != "portable":
-        runs["tetris portable"] = tetris_callable(operands, default_linear_config(problem, info))
+    runs["tetris"], notes["tetris"] = tetris_callable(operands, config), config.to_key()
+    tried = {config.to_key(): tetris_callable(operands, config) for config in candidates(problem, info)}
+    best = fastest(tried, device, short)
+    runs["tetris tuned"], notes["tetris tuned"] = tried[best], best
     if layer.tokens >= 16:
         try:  # a peer that cannot run a case gets a row that says why
             plain = bsr_callable(operands, None)
-            plain()
+            time_us({"torch BSR": plain}, device=device, warmup=1, repeats=1, cuda_graph=short)
             runs["torch BSR"] = plain
-            if sweep:
-                runs["torch BSR swept"], meta = swept_bsr(operands, sweep, device)
-                notes["torch BSR swept"] = str(meta)
+            swept = {str(meta): bsr_callable(operands, meta) for meta in bsr_metas(layer.tokens, sweep)}
+            if swept:
+                best = fastest(swept, device, short)
+                runs["torch BSR swept"], notes["torch BSR swept"] = swept[best], best
         except Exception as error:
             missing["torch BSR"] = f"failed: {type(error).__name__}: {str(error)[:80]}"
     else:
@@ -310,8 +333,13 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for case in cases:
         if args.match in case.name:
-            rows += measure(case, args, ceilings)
-            print(rows[-1].case, flush=True)
+            try:
+                rows += measure(case, args, ceilings)
+            except Exception as error:  # the other cases are worth having; this one is shown as failed
+                rows.append(Row("linear", case.name, "tetris", status=f"failed: {type(error).__name__}: {error}"[:200]))
+            found = {row.provider: row for row in rows if row.case == case.name}
+            print(case.name, *(f"{name} {row.speedup:.2f}x" for name, row in found.items()), sep="  ", flush=True)
+            write_csv(args.out / "linear.csv", rows)  # after every case: a run that is cut short keeps its rows
     return rows
 
 
