@@ -226,3 +226,11 @@ def test_a_plan_that_leaves_everything_dense_goes_through():
     pruned = tetris.prune(model, plan=plan, example_inputs=x)
     fast = tetris.convert(pruned, example_inputs=x, plan=plan)
     assert not tetris.masked_layers(pruned) and relative_error(fast(x), model(x)) < tolerance(torch.float32)
+
+
+def test_converting_and_running_in_inference_mode():
+    pruned, x = pruned_model("mlp")
+    with torch.inference_mode():
+        fast = tetris.convert(pruned, example_inputs=x)
+        y = fast(x)
+    assert relative_error(y, pruned(x)) < tolerance(torch.float32)

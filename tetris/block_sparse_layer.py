@@ -117,7 +117,8 @@ class BlockSparseLayer(FusedLayer):
         """The CPU path's repacked operands, made for inputs of x's size, once and again whenever the values change."""
         if torch.compiler.is_compiling() and self._prepared is not None:
             return self._prepared
-        state = (self.values.data_ptr(), self.values._version, self.values.dtype)
+        version = 0 if self.values.is_inference() else self.values._version  # inference tensors cannot be changed
+        state = (self.values.data_ptr(), version, self.values.dtype)
         if self._prepared_from != state:
             self._prepared, self._prepared_from = self._prepare(x), state
         return self._prepared
