@@ -112,7 +112,7 @@ class LayerBench:
 
     def _is_sound(self, config: Config) -> bool:
         """Compile and run once; a failure or a wrong result is noted, not raised: it is a finding about the config."""
-        with torch.no_grad(), torch.cuda.device(self.x.device):
+        with torch.no_grad(), torch.cuda.device(self.x.device if self.x.device.type == "cuda" else -1):
             try:
                 y = self._with(config.to_key())(self.images).float()
                 error = float((y - self.reference).norm() / self.reference.norm().clamp_min(1e-30))

@@ -7,7 +7,7 @@ look-up) or :func:`tune_model` (a search), constant afterwards, so CUDA graphs a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +68,12 @@ def rank_and_world() -> tuple[int, int]:
 def local_gpu() -> str:
     """The GPU of this process: ``cuda:LOCAL_RANK`` under torchrun, otherwise ``cuda``."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
+def require_gpu(devices: Sequence[torch.device]) -> None:
+    """Refuse layers elsewhere: only GPU kernels have configurations."""
+    if any(device.type != "cuda" for device in devices):
+        raise UnsupportedError("tune: wanted a model on a GPU; the CPU path has nothing to tune; move it with .cuda()")
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
@@ -137,8 +143,7 @@ def tune_model(
     if not layers:
         raise TetrisError("tune: wanted a converted model with block-sparse layers; it has none; call tetris.convert")
     inputs = capture_inputs(model, example_inputs, layers)
-    if any(x.device.type != "cuda" for x in inputs.values()):
-        raise UnsupportedError("tune: wanted a model on a GPU; the CPU path has nothing to tune; move it with .cuda()")
+    require_gpu([x.device for x in inputs.values()])
     tuning = Tuning()
     problems: dict[str, tuple[str, Problem]] = {}
     for name, x in inputs.items():

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import tetris
+from tetris.autotune import tuner
 from tetris.autotune.cost import estimate_us, rank
+from tetris.autotune.problems import LayerInput
 from tetris.autotune.search import difference, search, spread
 from tetris.autotune.space import boxes, config_space, default_config, is_valid
 from tetris.autotune.store import Entry, TuningStore
-from tetris.autotune.tune_problem import first_jobs, tune_problem
+from tetris.autotune.tune_problem import LayerBench, first_jobs, tune_problem
 from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
@@ -218,6 +220,47 @@ def test_what_a_search_measures_first_is_compiled_ahead() -> None:
     tune_problem(linear(), H200, measure, budget=10)
     assert [job.config for job in jobs] == measured[0] and len(jobs) == 6
     assert all(job.activation == "relu" and job.bias and not job.max_pool for job in jobs)
+
+
+def test_a_model_is_tuned_once_stored_and_resumed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole flow, with CPU layers standing in for a GPU's: they ignore their configuration."""
+    monkeypatch.setattr(tuner, "require_gpu", lambda devices: None)
+    monkeypatch.setattr(tuner, "device_info", lambda device: H200)
+    fast, x = converted()
+    store = TuningStore(tmp_path, tables=tmp_path / "none")
+    calls: list[tuple[str, int, int]] = []
+    found = tune_model(fast, x, store=store, budget=5, processes=0, progress=lambda *call: calls.append(call))
+    assert len(found.entries) == 1 and not found.reused and calls[-1][1:] == (1, 1)  # both layers are one problem
+    assert list(found.layers.values()) == [["0", "2"]]
+    key = found.entries[0].config.to_key()
+    assert all(layer.config == key for layer in sparse_layers(fast).values())
+    again = tune_model(fast, x, store=TuningStore(tmp_path, tables=tmp_path / "none"), budget=5, processes=0)
+    assert again.entries == found.entries and len(again.reused) == 1 and "known" in str(again)
+    others = tune_model(fast, x, store=store, budget=5, share=(1, 2), processes=0)
+    assert others.entries == []
+
+
+def test_wrong_and_failing_configurations_are_noted_not_taken() -> None:
+    fast, x = converted()
+    layer = sparse_layers(fast)["0"]
+    failures: dict[str, str] = {}
+    bench = LayerBench(layer, LayerInput((8, 64), x.dtype, x.device, False), linear(), failures)
+    good, wrong, broken = LinearConfig(), LinearConfig(num_warps=8), LinearConfig(num_stages=9)
+
+    class Changed(nn.Module):
+        def __init__(self, config: str) -> None:
+            super().__init__()
+            self.config = config
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.config == broken.to_key():
+                raise RuntimeError("out of resource: shared memory")
+            return layer(x) * (1.1 if self.config == wrong.to_key() else 1.0)
+
+    bench._with = Changed  # type: ignore[method-assign,assignment]
+    times = bench([good, wrong, broken], 3)
+    assert times[good] > 0 and math.isinf(times[wrong]) and math.isinf(times[broken])
+    assert "differs" in failures[wrong.to_key()] and "shared memory" in failures[broken.to_key()]
 
 
 def test_tuning_prints_gain_and_failures() -> None:
