@@ -20,7 +20,7 @@ BARRIER_BYTES = 512
 def ring_stages(tile_tokens: int, residual: bool) -> int:
     """Stages of the ring that fit into shared memory beside the output tiles: one holds both strips' weights too."""
     stage = (tile_tokens + 2 * STRIP) * STAGE_K * ITEM_SIZE
-    output = (4 + residual) * STRIP * STRIP * ITEM_SIZE  # two chunks of 64 tokens a strip; the residual's registers
+    output = (2 * STRIP * tile_tokens + (STRIP * STRIP if residual else 0)) * ITEM_SIZE
     return (SHARED_LIMIT - BARRIER_BYTES - output) // stage
 
 

@@ -50,19 +50,12 @@ def _producer(
     X_BYTES: gl.constexpr = TILE_M * 64 * xbuf.dtype.primitive_bitwidth // 8
     W_BYTES: gl.constexpr = 64 * TILE_K * xbuf.dtype.primitive_bitwidth // 8
     it = 0
-    begin = gl.load(program_ptr + gl.program_id(0))
-    end = gl.load(program_ptr + gl.program_id(0) + 1)
-    task = gl.load(tasks + begin)
-    next_task = gl.load(tasks + gl.minimum(begin + 1, end - 1))
-    first = gl.load(pairs + (task % n_pairs) * 8)
-    n_stages = gl.load(pairs + (task % n_pairs) * 8 + 1)
-    for position in range(begin, end):
-        task_after = gl.load(tasks + gl.minimum(position + 2, end - 1))
-        next_first = gl.load(pairs + (next_task % n_pairs) * 8)
-        next_n_stages = gl.load(pairs + (next_task % n_pairs) * 8 + 1)
+    for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
+        task = gl.load(tasks + position)
+        pair = pairs + (task % n_pairs) * 8
         token = (task // n_pairs) * TILE_M
-        entry = entries + first * (1 + X_TILES + TILES)
-        for _ in range(n_stages):
+        entry = entries + gl.load(pair) * (1 + X_TILES + TILES)
+        for _ in range(gl.load(pair + 1)):
             st = it % STAGES
             bar = full.index(st)
             kept = gl.load(entry) >> 8
@@ -83,10 +76,6 @@ def _producer(
                 tma.async_copy_global_to_shared(w_desc, [rows[i], column], bar, slot, pred=rows[i] >= 0)
             entry += 1 + X_TILES + TILES
             it += 1
-        task = next_task
-        next_task = task_after
-        first = next_first
-        n_stages = next_n_stages
 
 
 @gluon.jit
@@ -132,6 +121,7 @@ def _consumer(
     """One strip of every task: multiply the kept tiles of every stage, release the stage, store the sums."""
     WIDTH: gl.constexpr = 1 + (GROUP if GATHER else 1) + 2 * GROUP * PARTS
     BITS: gl.constexpr = xbuf.dtype.primitive_bitwidth
+    CHUNKS: gl.constexpr = TILE_M // 64
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M // 2, 16]
@@ -142,28 +132,17 @@ def _consumer(
     PART_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4 * PARTS, 8 // PARTS], [1, 4, 1], [2, 1, 0])
     it = 0
     residual_phase = 0
-    begin = gl.load(program_ptr + gl.program_id(0))
-    end = gl.load(program_ptr + gl.program_id(0) + 1)
-    task = gl.load(tasks + begin)
-    next_task = gl.load(tasks + gl.minimum(begin + 1, end - 1))
-    first = gl.load(pairs + (task % n_pairs) * 8)
-    n_stages = gl.load(pairs + (task % n_pairs) * 8 + 1)
-    mask = gl.load(entries + first * WIDTH)
-    for position in range(begin, end):
-        # Loads for the tasks after this one: their latency passes behind the products.
-        task_after = gl.load(tasks + gl.minimum(position + 2, end - 1))
-        next_first = gl.load(pairs + (next_task % n_pairs) * 8)
-        next_n_stages = gl.load(pairs + (next_task % n_pairs) * 8 + 1)
+    for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
+        task = gl.load(tasks + position)
         pair = pairs + (task % n_pairs) * 8
-        feature0 = gl.load(pair + 2 + WG * PARTS)
-        feature1 = gl.load(pair + 1 + (WG + 1) * PARTS)
         token = (task // n_pairs) * TILE_M
         if HAS_BIAS:
             rows = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
             out = gl.load(pair + 2 + WG * PARTS + rows // ROWS) + rows % ROWS
-        entry = entries + first * WIDTH
+        entry = entries + gl.load(pair) * WIDTH
+        mask = gl.load(entry)
         acc = gl.zeros((64, TILE_M), gl.float32, ACC)
-        for _ in range(n_stages):
+        for _ in range(gl.load(pair + 1)):
             entry += WIDTH
             next_mask = gl.load(entry)  # of the stage after this one: its latency passes behind the products
             mine = (mask >> (4 * WG)) & 15
@@ -183,39 +162,33 @@ def _consumer(
             mask = next_mask
             it += 1
 
-        mask = gl.load(entries + next_first * WIDTH)
-
-        for c in gl.static_range(TILE_M // 64):
+        tma.store_wait(0)  # the task before has left the output buffer
+        if HAS_RESIDUAL:
+            mbarrier.expect(rbar.index(WG), 64 * TILE_M * BITS // 8)
+            for i in gl.static_range(CHUNKS * PARTS):
+                feature = gl.load(pair + 2 + WG * PARTS + i % PARTS)
+                slot = ybuf.index(WG * CHUNKS * PARTS + i)
+                tma.async_copy_global_to_shared(r_desc, [token + i // PARTS * 64, feature], rbar.index(WG), slot)
+            mbarrier.wait(rbar.index(WG), residual_phase)
+            residual_phase ^= 1
+        for c in gl.static_range(CHUNKS):
             if TILE_M == 256:
                 v = _token_halves(_token_halves(acc, 128, HALF)[c // 2], 64, CHUNK)[c % 2]
             else:
                 v = _token_halves(acc, 64, CHUNK)[c]
-            slot = (WG * 2 + c % 2) * PARTS
-            out_tile = ybuf.index(slot)._reinterpret(xbuf.dtype, [PARTS, 64, ROWS], Y_PARTS)
-            tma.store_wait(PARTS)  # the chunk before the last has left its buffer
+            out_tile = ybuf.index((WG * CHUNKS + c) * PARTS)._reinterpret(xbuf.dtype, [PARTS, 64, ROWS], Y_PARTS)
             if HAS_BIAS:
                 v += gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)[:, None]
             if HAS_RESIDUAL:
-                mbarrier.expect(rbar.index(WG), 64 * 64 * BITS // 8)
-                for part in gl.static_range(PARTS):
-                    feature = feature0 if part == 0 else feature1
-                    tma.async_copy_global_to_shared(
-                        r_desc, [token + c * 64, feature], rbar.index(WG), ybuf.index(slot + part)
-                    )
-                mbarrier.wait(rbar.index(WG), residual_phase)
-                residual_phase ^= 1
                 r = gl.reshape(gl.permute(out_tile.load(PART_LAYOUT), (0, 2, 1)), (64, 64))
                 v += gl.convert_layout(r, CHUNK).to(gl.float32)
             v = activate(v, ACTIVATION).to(xbuf.dtype)
             out_tile.store(gl.permute(gl.reshape(v, (PARTS, ROWS, 64)), (0, 2, 1)))
-            fence_async_shared()
-            for part in gl.static_range(PARTS):
-                feature = feature0 if part == 0 else feature1
-                tma.async_copy_shared_to_global(y_desc, [token + c * 64, feature], ybuf.index(slot + part))
-        task = next_task
-        next_task = task_after
-        first = next_first
-        n_stages = next_n_stages
+        fence_async_shared()
+        for i in gl.static_range(CHUNKS * PARTS):
+            feature = gl.load(pair + 2 + WG * PARTS + i % PARTS)
+            slot = ybuf.index(WG * CHUNKS * PARTS + i)
+            tma.async_copy_shared_to_global(y_desc, [token + i // PARTS * 64, feature], slot)
     tma.store_wait(0)
 
 
@@ -231,7 +204,7 @@ def block_sparse_linear_kernel(
     X_TILES: gl.constexpr = GROUP if GATHER else 1
     xbuf = gl.allocate_shared_memory(DTYPE, [STAGES * X_TILES, TILE_M, 64 // X_TILES], x_desc.layout)
     wbuf = gl.allocate_shared_memory(DTYPE, [STAGES * 2 * GROUP * PARTS, 64 // PARTS, TILE_K], w_desc.layout)
-    ybuf = gl.allocate_shared_memory(DTYPE, [4 * PARTS, 64, 64 // PARTS], y_desc.layout)
+    ybuf = gl.allocate_shared_memory(DTYPE, [TILE_M // 32 * PARTS, 64, 64 // PARTS], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     rbar = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
