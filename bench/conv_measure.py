@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tetris.autotune.ceilings import Ceilings
 from tetris.autotune.device import device_info, device_name, versions
 from tetris.autotune.timer import time_us
-from tetris.bench.cases import LAYOUTS
+from tetris.bench.cases import LAYOUTS, random_layout
 from tetris.bench.conv_cases import Case
 from tetris.bench.rows import Row
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
@@ -35,10 +35,14 @@ SHORT_BATCH = 8
 
 
 def case_layout(case: Case, seed: int = 0) -> BlockLayout:
-    """The case's layout on the CPU, empty block rows included: the Hopper kernel stores their epilogue only."""
+    """The case's layout on the CPU, empty block rows included: the Hopper kernel stores their epilogue only.
+
+    A layer of one block row has no rows to make uneven, and ``reorder`` would halve its block: its layout is random.
+    """
     layer = case.layer
     shape = (layer.c_out, layer.c_in)
-    return LAYOUTS[case.layout](shape, case.block, layer.kept, seed=seed)
+    maker = random_layout if layer.c_out <= case.block[0] else LAYOUTS[case.layout]
+    return maker(shape, case.block, layer.kept, seed=seed)
 
 
 def case_problem(case: Case, n_blocks: int) -> Conv2dProblem:
