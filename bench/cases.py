@@ -168,15 +168,17 @@ def random_layout(shape: tuple[int, int], block: tuple[int, int], kept: float, s
     return BlockLayout.from_mask(mask.view(rows, columns), shape, block)
 
 
-def scaled_weight(shape: tuple[int, ...], sigma: float = 0.6, seed: int = 0) -> torch.Tensor:
+def scaled_weight(
+    shape: tuple[int, ...], sigma: float = 0.6, seed: int = 0, device: str | torch.device = "cpu"
+) -> torch.Tensor:
     """Gaussian weights times lognormal row and column factors, fp32: channels differ as in a trained network.
 
     ``sigma`` is the standard deviation of the factors' logarithm.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, device=device)
     for dim in (0, 1):
-        factor = torch.exp(sigma * torch.randn(shape[dim], generator=generator))
+        factor = torch.exp(sigma * torch.randn(shape[dim], generator=generator, device=device))
         weight *= factor.view([-1 if d == dim else 1 for d in range(len(shape))])
     return weight
 

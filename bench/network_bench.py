@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="sort", help="reordering; see tetris.reorder")
     parser.add_argument("--tune", type=int, default=0, help="configurations to measure a layer before timing")
     parser.add_argument("--compile", choices=("none", "default", "max-autotune-no-cudagraphs"), default="default")
+    parser.add_argument("--compile-converted", action="store_true", help="time the converted model compiled, too")
     parser.add_argument("--compile-seconds", type=float, default=60, help="for kernels to be compiled ahead")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--save-plan", action="store_true", help="write the plans beside the CSV")
@@ -224,8 +225,9 @@ class Session:
                 found[f"{label} graph"] = found[f"{label} eager"]
         if self.dense.compiled is not None:
             found["dense compile+graph"] = partial(self.dense.compiled, self.x)
-            compiled = torch.compile(fast, mode=self.args.compile, dynamic=False)
-            found["tetris compile+graph"] = partial(compiled, self.x)
+            if self.args.compile_converted:
+                compiled = torch.compile(fast, mode=self.args.compile, dynamic=False)
+                found["tetris compile+graph"] = partial(compiled, self.x)
         return found
 
     def network_rows(self, fast: nn.Module, chosen: ModelPlan, error: float) -> list[Row]:

@@ -105,10 +105,11 @@ def trained_like(case: NetworkCase, device: str, dtype: torch.dtype, seed: int =
     Without the scaling, half-precision activations would vanish after sixteen pruned layers and no error would show.
     """
     torch.manual_seed(seed)
-    model = case.make().to(device).eval().requires_grad_(False)
+    with torch.device(device):
+        model = case.make().eval().requires_grad_(False)
     handles = []
     for index, layer in enumerate(prunable_layers(model).values()):
-        layer.weight.copy_(scaled_weight(tuple(layer.weight.shape), sigma=0.5, seed=seed + index))
+        layer.weight.copy_(scaled_weight(tuple(layer.weight.shape), 0.5, seed + index, device))
         handles.append(layer.register_forward_hook(_unit_variance))
     model(case.inputs(2, device, torch.float32, seed))
     for handle in handles:
