@@ -37,11 +37,12 @@ SHORT_BATCH = 8
 def case_layout(case: Case, seed: int = 0) -> BlockLayout:
     """The case's layout on the CPU, empty block rows included: the Hopper kernel stores their epilogue only.
 
-    A layer of one block row has no rows to make uneven, and ``reorder`` would halve its block: its layout is random.
+    Of a layer of one block row or column ``reorder`` would halve the block: its layout is random.
     """
     layer = case.layer
     shape = (layer.c_out, layer.c_in)
-    maker = random_layout if layer.c_out <= case.block[0] else LAYOUTS[case.layout]
+    single = layer.c_out <= case.block[0] or layer.c_in <= case.block[1]
+    maker = random_layout if single else LAYOUTS[case.layout]
     return maker(shape, case.block, layer.kept, seed=seed)
 
 
