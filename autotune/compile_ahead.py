@@ -8,9 +8,11 @@ it reads its jobs from standard input.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,11 +98,14 @@ class Workers:
     processes: list[subprocess.Popen[str]]
 
     def wait(self, seconds: float | None = None) -> list[str]:
-        """Wait for all; what failed, in the workers' words. Workers that take longer than ``seconds`` are ended."""
+        """Wait for all; what failed, in the workers' words. Workers still busy after ``seconds`` are ended."""
         failures = []
+        end = math.inf if seconds is None else time.monotonic() + seconds
         for process in self.processes:
             try:
-                _, complaints = process.communicate(timeout=seconds)
+                _, complaints = process.communicate(
+                    timeout=None if seconds is None else max(end - time.monotonic(), 0.01)
+                )
             except subprocess.TimeoutExpired:
                 process.kill()
                 _, complaints = process.communicate()
