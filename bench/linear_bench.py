@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--sweep", type=int, default=8, help="torch BSR configurations tried a case; 0 = no sweep")
+    parser.add_argument("--sweep", type=int, default=8, help="torch BSR configurations tried per square block")
     parser.add_argument("--repeats", type=int, default=15)
 
 
@@ -178,7 +178,8 @@ def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
         ]
     hopper = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in (256, 128)]
     portable = default_linear_config(problem, info)
-    tiles = [tile for tile in (256, 128, 64) if tile <= max(64, problem.tokens) and tile * portable.tile_out <= 16384]
+    sizes = (256, 128) if problem.tokens >= 4096 else (128, 64)
+    tiles = [tile for tile in sizes if tile <= max(64, problem.tokens) and tile * portable.tile_out <= 16384]
     return [config for config in hopper if hopper_supports(problem, info, config) is None] + [
         replace(portable, tile_tokens=tile, num_stages=10 if tile == 64 else 7) for tile in tiles
     ]
@@ -270,7 +271,8 @@ def providers(
             plain = bsr_callable(operands, None)
             time_us({"torch BSR": plain}, device=device, warmup=1, repeats=1, cuda_graph=short)
             runs["torch BSR"] = plain
-            swept = {str(meta): bsr_callable(operands, meta) for meta in bsr_metas(layer.tokens, sweep)}
+            metas = bsr_metas(layer.tokens, sweep if case.block[0] == case.block[1] else 0)
+            swept = {str(meta): bsr_callable(operands, meta) for meta in metas}
             if swept:
                 best = fastest(swept, device, short)
                 runs["torch BSR swept"], notes["torch BSR swept"] = swept[best], best
