@@ -16,17 +16,17 @@ from tetris.kernels.grid_barrier import grid_barrier
 from tetris.layout import ceil_div
 
 ELEMENTS_PER_WARP = 1024
-"""Comparisons of a turn, pairs * tile^2, that one warp holds: 32 registers a thread."""
+"""Comparisons of a turn, 2 * pairs * tile^2, that one warp holds: 32 registers a thread."""
 
 
 @triton.jit
 def _sorted_leavers(values_ptr, order_ptr, begin, end, R, here, there, LOWEST: tl.constexpr, TILE: tl.constexpr):
     """Members at positions begin..end-1 by descending gain of moving there.
 
-    begin, end, here, there are [PAIRS]. Returns gains, positions and slices, each [PAIRS, TILE].
+    begin, end, here, there are [SIDES]. Returns gains, positions and slices, each [SIDES, TILE].
     """
     lane = tl.arange(0, TILE)
-    position = begin[:, None] + lane[None, :]  # [PAIRS, TILE]
+    position = begin[:, None] + lane[None, :]  # [SIDES, TILE]
     mask = position < end[:, None]
     slice = tl.load(order_ptr + position, mask=mask, other=0, cache_modifier=".cg")
     row = values_ptr + slice.to(tl.int64) * R
@@ -35,11 +35,17 @@ def _sorted_leavers(values_ptr, order_ptr, begin, end, R, here, there, LOWEST: t
     mine, other = gain[:, :, None], gain[:, None, :]
     ahead = (other > mine) | ((other == mine) & (lane[None, None, :] < lane[None, :, None]))
     rank = tl.sum(ahead.to(tl.int32), axis=2)
-    chosen = rank[:, :, None] == lane[None, None, :]  # [PAIRS, member, rank], one True in every column
+    chosen = rank[:, :, None] == lane[None, None, :]  # [SIDES, member, rank], one True in every column
     gains = tl.sum(tl.where(chosen, mine, 0.0), axis=1)
     positions = tl.sum(tl.where(chosen, position[:, :, None], 0), axis=1)
     slices = tl.sum(tl.where(chosen, slice[:, :, None], 0), axis=1)
     return gains, positions, slices
+
+
+@triton.jit
+def _sides(x, PAIRS: tl.constexpr, TILE: tl.constexpr):
+    """[2 * PAIRS, TILE] -> the even and the odd rows."""
+    return tl.split(tl.permute(tl.reshape(x, (PAIRS, 2, TILE)), (0, 2, 1)))
 
 
 @triton.jit
@@ -89,8 +95,13 @@ def tournament_kernel(
             begin_h, end_h = tl.load(offsets_ptr + h), tl.load(offsets_ptr + h + 1)
         end_g = tl.where(plays, end_g, begin_g)
         end_h = tl.where(plays, end_h, begin_h)
-        gain_g, at_g, who_g = _sorted_leavers(values_ptr, order_ptr, begin_g, end_g, R, g, h, LOWEST, TILE)
-        gain_h, at_h, who_h = _sorted_leavers(values_ptr, order_ptr, begin_h, end_h, R, h, g, LOWEST, TILE)
+        # both sides of all pairs at once, g at the even places: [2 * PAIRS]
+        begin, end = tl.interleave(begin_g, begin_h), tl.interleave(end_g, end_h)
+        here, there = tl.interleave(g, h), tl.interleave(h, g)
+        gain, at, who = _sorted_leavers(values_ptr, order_ptr, begin, end, R, here, there, LOWEST, TILE)
+        gain_g, gain_h = _sides(gain, PAIRS, TILE)
+        at_g, at_h = _sides(at, PAIRS, TILE)
+        who_g, who_h = _sides(who, PAIRS, TILE)
         fits = (lane[None, :] < (end_g - begin_g)[:, None]) & (lane[None, :] < (end_h - begin_h)[:, None])
         swap = fits & (gain_g + gain_h > epsilon)
         tl.store(order_ptr + at_g, who_h, mask=swap)
@@ -159,7 +170,7 @@ def play_tournament(
         EDGE=capacity if uniform else 0,
         LOWEST=-1e30,
         TILE=tile,
-        num_warps=max(1, min(32, pairs * tile * tile // ELEMENTS_PER_WARP)),
+        num_warps=max(1, min(32, 2 * pairs * tile * tile // ELEMENTS_PER_WARP)),
         launch_cooperative_grid=programs > 1,
     )
     return counts[:1]

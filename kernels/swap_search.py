@@ -43,10 +43,14 @@ class SwapSearchConfig:
 
 
 def default_swap_search_config(n_groups: int, processors: int) -> SwapSearchConfig:
-    """At most one program a multiprocessor; few groups fit one program, which needs no grid-wide barrier."""
-    if n_groups <= 64 or processors == 1:
-        return SwapSearchConfig(next_power_of_two(n_groups), num_warps=8)
-    return SwapSearchConfig(next_power_of_two(ceil_div(n_groups, processors)))
+    """At most one program a multiprocessor, as few groups each as that allows.
+
+    H200, 4096 slices in 128 groups: 3.6 us a swap with one group and one warp a program, 4.5 us with four warps; a
+    single program without barriers is slower even for 16 groups (6.0 against 5.1 us). 784 groups: 6.9 us with four
+    warps, 8.7 us with one.
+    """
+    groups = next_power_of_two(ceil_div(n_groups, processors))
+    return SwapSearchConfig(groups, num_warps=1 if groups == 1 else 4)
 
 
 @triton.jit
@@ -156,9 +160,9 @@ def swap_search_kernel(
         choice = tl.min(tl.where(mask_everyone & (offers == best), keys, 4611686018427387904), axis=0)
         running = best > epsilon
         if running:
-            if choice == -1:  # an upper bound leads: its owner searches the row
+            if choice == -1:  # an upper bound leads: every program searches its own leading rows, which costs no more
                 for r in range(GROUPS):
-                    leads = tl.sum(tl.where((lane == r) & (bound == best) & (key == -1), 1, 0), axis=0)
+                    leads = tl.sum(tl.where((lane == r) & (bound == top) & (key == -1), 1, 0), axis=0)
                     if leads > 0:
                         k = program * GROUPS + r
                         row = tl.load(gain_ptr + k * R + columns, mask=columns < R, other=-1e30, cache_modifier=".cg")
