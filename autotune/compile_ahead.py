@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from tetris.autotune.problems import Problem
-from tetris.kernels.configs import Conv2dProblem, LinearProblem
+from tetris.autotune.space import default_config
+from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout, grid_shape
 
@@ -50,6 +51,19 @@ class Job:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in data["problem"].items()}
         rest = {name: data[name] for name in ("config", "activation", "max_pool", "bias")}
         return Job(kinds[data["kind"]](**values), **rest)
+
+
+def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
+    """One job a kernel: jobs whose problems differ only in sizes that are not compiled in want the same one."""
+    found: dict[object, Job] = {}
+    for job in jobs:
+        problem = job.problem
+        config = job.config or default_config(problem, device, job.max_pool).to_key()
+        geometry: tuple[object, ...] = ()
+        if isinstance(problem, Conv2dProblem):
+            geometry = problem.kernel_size, problem.stride, problem.padding, problem.dilation
+        found.setdefault((problem.block, problem.dtype, geometry, config, job.activation, job.max_pool, job.bias), job)
+    return list(found.values())
 
 
 @torch.no_grad()

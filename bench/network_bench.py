@@ -20,8 +20,8 @@ from torch import nn
 
 import tetris
 from tetris.autotune.ceilings import Ceilings, measure_ceilings
-from tetris.autotune.compile_ahead import Job, start_workers
-from tetris.autotune.device import device_name, versions
+from tetris.autotune.compile_ahead import Job, distinct_kernels, start_workers
+from tetris.autotune.device import device_info, device_name, versions
 from tetris.autotune.measure import cudnn_search
 from tetris.autotune.planner import plan
 from tetris.autotune.problems import LayerInput, capture_inputs, pools, problem_at
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> list[Row]:
         dense = Dense.of(case, args.device, dtype, args.compile if args.device == "cuda" else "none")
         sessions += [Session(case, dense, batch, dtype, ceilings, args) for batch in args.batch or case.batches]
     if args.device == "cuda":
-        workers = start_workers([job for session in sessions for job in session.jobs()], args.device)
+        jobs = distinct_kernels((job for session in sessions for job in session.jobs()), device_info(args.device))
+        print(f"compiling {len(jobs)} kernels ahead", flush=True)
+        workers = start_workers(jobs, args.device)
         for session in sessions:
             if session.case is sessions[0].case:
                 session.compile_dense()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tetris.autotune.compile_ahead import Job, even_layout, run_once, start_workers
-from tetris.kernels.configs import Conv2dProblem, LinearProblem
+from dataclasses import replace
+
+from tetris.autotune.compile_ahead import Job, distinct_kernels, even_layout, run_once, start_workers
+from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
 
 CONV = Conv2dProblem(2, 32, 64, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), (32, 16), "float32", 3)
 LINEAR = LinearProblem(4, 64, 48, (16, 32), "float32", 4)
@@ -17,6 +19,13 @@ def test_jobs_survive_json() -> None:
 def test_a_job_builds_its_layer_and_runs() -> None:
     assert run_once(Job(CONV, activation="relu", max_pool=True), "cpu").shape == (2, 64, 4, 4)
     assert run_once(Job(LINEAR), "cpu").shape == (4, 48)
+
+
+def test_problems_that_share_a_kernel_are_compiled_once() -> None:
+    larger = replace(LINEAR, out_features=96, n_blocks=8)
+    jobs = [Job(LINEAR), Job(larger), Job(larger, bias=False), Job(CONV), Job(CONV, max_pool=True), Job(CONV)]
+    device = DeviceInfo("NVIDIA H200", (9, 0), 132, "3.6.0")
+    assert distinct_kernels(jobs, device) == [jobs[0], jobs[2], jobs[3], jobs[4]]
 
 
 def test_layouts_are_even() -> None:
