@@ -74,9 +74,7 @@ CASES: tuple[Case, ...] = (
     Case(_square(8192), (128, 16), "random", 2.5, 3.3),
     Case(_square(8192), (128, 16), "reordered", 2.5, 3.3),
     Case(LinearCase("14336-4096", 14336, 4096, 8192, 0.10), (64, 64), "random", 6, 8),
-    Case(LinearCase("14336-4096", 14336, 4096, 8192, 0.10), (64, 64), "reordered", 6, 8),
     Case(FC6, (64, 64), "random", 10, 18),
-    Case(FC6, (64, 64), "reordered", 10, 18),
     Case(FC6.at(128), (64, 64), "random", 5, 12),
     Case(UP, (64, 64), "random", 2.2, 3.3),
     Case(UP.at(16), (64, 64), "random", 2.2, 3.3),
@@ -87,6 +85,8 @@ CASES: tuple[Case, ...] = (
     Case(_square(8192, 0.60), (64, 64), "random", 1.0),
     Case(_square(8192, 0.75), (64, 64), "random"),
     Case(_square(8192, 0.90), (64, 64), "random", math.nan, 1.0),
+    Case(LinearCase("14336-4096", 14336, 4096, 8192, 0.10), (64, 64), "reordered", 6, 8),
+    Case(FC6, (64, 64), "reordered", 10, 18),
 )
 
 QUICK_CASES: tuple[Case, ...] = (
