@@ -92,9 +92,13 @@ def choose_linear_config(problem: LinearProblem, device: DeviceInfo, *, permuted
 def linear_launcher(kernel: str) -> Callable[..., torch.Tensor]:
     """The launcher of a config's ``kernel``; imports Triton."""
     if kernel == "hopper":
-        from tetris.kernels.hopper.linear import block_sparse_linear as launch
-    elif kernel == "decode":
-        from tetris.kernels.linear_decode import block_sparse_linear as launch
-    else:
-        from tetris.kernels.linear import block_sparse_linear as launch
-    return launch
+        from tetris.kernels.hopper import linear as hopper
+
+        return hopper.block_sparse_linear
+    if kernel == "decode":
+        from tetris.kernels import linear_decode
+
+        return linear_decode.block_sparse_linear
+    from tetris.kernels import linear
+
+    return linear.block_sparse_linear

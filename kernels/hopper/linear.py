@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
 from tetris.kernels.hopper.linear_schedule import STAGE_K, STRIP, LinearSchedule, make_linear_schedule
 
@@ -64,20 +65,28 @@ def block_sparse_linear(
     """As :func:`tetris.kernels.linear.block_sparse_linear`, for problems that :func:`supports` takes.
 
     Args:
-        input_permutation, output_permutation: must be None: tiles move whole, 16 bytes and more at a time. Fold the
-            permutation into the neighbouring layers, or use the portable kernel.
+        input_permutation, output_permutation: must be None, see :func:`supports`.
         schedule: of this layout, number of tokens and config (:func:`make_linear_schedule`); made anew, which costs
             far more than the product itself, when missing.
     Returns:
         [..., out_features] of x's dtype.
+    Raises:
+        UnsupportedError: permutations were given.
     """
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from tetris.kernels.descriptors import describable
     from tetris.kernels.hopper.linear_device import block_sparse_linear_kernel
 
-    assert input_permutation is None and output_permutation is None, "the launcher's caller checks `supports`"
+    if input_permutation is not None or output_permutation is not None:
+        raise UnsupportedError(
+            f"hopper linear: wanted no permutations, it moves whole tiles; got them for x {describe(x)}; permute "
+            "before and after, fold them into the neighbouring layers, or use the portable kernel"
+        )
     x2 = x.reshape(-1, x.shape[-1])
+    if not describable(x2):
+        x2 = x2.clone(memory_format=torch.contiguous_format)
     tokens = x2.shape[0]
     block_out, block_in = values.shape[-2:]
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
@@ -96,16 +105,16 @@ def block_sparse_linear(
     rows = STRIP // parts
     gather = entries.shape[1] > 2 + 2 * parts * STAGE_K // tile_k
 
-    def describe(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    def descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
         layout = NVMMASharedLayout(box[1] * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
-    y_desc = describe(y, [STRIP, rows])
+    y_desc = descriptor(y, [STRIP, rows])
     block_sparse_linear_kernel[(len(program_ptr) - 1,)](
-        describe(x2, [config.tile_tokens, tile_k if gather else STAGE_K]),
-        describe(values.view(-1, block_in), [rows, tile_k]),
+        descriptor(x2, [config.tile_tokens, tile_k if gather else STAGE_K]),
+        descriptor(values.view(-1, block_in), [rows, tile_k]),
         y_desc,
-        y_desc if residual is None else describe(residual.reshape(tokens, out_features), [STRIP, rows]),
+        y_desc if residual is None else descriptor(residual.reshape(tokens, out_features).contiguous(), [STRIP, rows]),
         y if bias is None else bias,
         pairs,
         entries,

@@ -61,16 +61,16 @@ def _producer(
             kept = gl.load(entry) >> 8
             ks = ()
             for i in gl.static_range(X_TILES):
-                ks = ks + (gl.load(entry + 1 + i),)  # noqa: RUF005 (Triton knows no star)
+                ks = ks + (gl.load(entry + 1 + i),)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no star)
             rows = ()
             for i in gl.static_range(TILES):
-                rows = rows + (gl.load(entry + 1 + X_TILES + i),)  # noqa: RUF005
+                rows = rows + (gl.load(entry + 1 + X_TILES + i),)  # type: ignore[assignment]  # noqa: RUF005
             mbarrier.wait(empty.index(st), ((it // STAGES) & 1) ^ 1)
             for n in gl.static_range(1, 2 * GROUP + 1):
                 mbarrier.expect(bar, X_BYTES + n * W_BYTES, pred=kept == n)
             for i in gl.static_range(X_TILES):
                 tma.async_copy_global_to_shared(x_desc, [token, ks[i]], bar, xbuf.index(st * X_TILES + i))
-            column = ks[0] % BLOCK_IN if GROUP == 1 else 0
+            column = ks[0] % BLOCK_IN if GROUP == 1 else 0  # type: ignore[misc]
             for i in gl.static_range(TILES):
                 slot = wbuf.index(st * TILES + i)
                 tma.async_copy_global_to_shared(w_desc, [rows[i], column], bar, slot, pred=rows[i] >= 0)

@@ -230,8 +230,8 @@ def make_linear_schedule(
     past_features = (len(ptr) - 1) * block[0]
     candidates = []
     for gather in (False, True) if tile_k < STAGE_K else (False,):
-        stages = [_pair_stages(pair, tile_k, gather) for pair in pairs]
-        candidates.append((stages, [_clocks(pair, tile_k, gather, tile_tokens) for pair in stages]))
+        found = [_pair_stages(pair, tile_k, gather) for pair in pairs]
+        candidates.append((found, [_clocks(stages, tile_k, gather, tile_tokens) for stages in found]))
     chosen, clocks = min(candidates, key=lambda candidate: sum(candidate[1]))
     entries: Stages = []
     rows = []

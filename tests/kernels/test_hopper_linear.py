@@ -17,6 +17,7 @@ from tests.conftest import HAS_TRITON
 from tests.support.moats import nan_outputs
 from tests.support.operands import LinearCase, linear_operands
 from tetris import reference
+from tetris.errors import UnsupportedError
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
 from tetris.kernels.hopper.linear import ring_stages, supports
 from tetris.tolerances import relative_error, tolerance
@@ -48,6 +49,15 @@ def test_supports_the_blocks_that_fill_strips(block):
 )
 def test_says_why_it_does_not_support(problem, device, config, reason):
     assert reason in (supports(problem, device, config) or "")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_refuses_permutations():
+    operands = linear_operands(LinearCase(block=(64, 64), extras=("input",)), torch.float16, torch.device("cpu"))
+    from tetris.kernels.hopper.linear import block_sparse_linear
+
+    with pytest.raises(UnsupportedError, match="permutations"):
+        block_sparse_linear(**operands, config=CONFIG)
 
 
 @pytest.mark.parametrize("residual", [False, True])
