@@ -67,5 +67,5 @@ def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> 
         _train(model, images, labels, 1 if quick else epochs, seed)
     largest = max((m for m in lenet.modules() if isinstance(m, nn.Linear)), key=lambda m: m.weight.numel())
     convs = [m for m in vgg.modules() if isinstance(m, nn.Conv2d)]
-    layers = (largest, convs[2], convs[3], vgg[-3])
+    layers = (largest, convs[2], convs[3], next(m for m in vgg if isinstance(m, nn.Linear)))
     return {name: layer.weight.detach() for name, layer in zip(TRAINED, layers)}
