@@ -12,7 +12,7 @@ from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper.geometry import WGMMA_ROWS, ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.kernels.hopper.pairing import pair_block_rows
-from tetris.kernels.hopper.schedule import Schedule, make_schedule
+from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
 from tetris.layout import ceil_div
 
 __all__ = ["block_sparse_conv2d", "conv2d_schedule", "descriptors", "supports"]
@@ -48,7 +48,9 @@ def conv2d_schedule(
     unit *= tile.taps / 9 * tile.tile_h * tile.row_pixels / 512
     costs = [count * unit for count in blocks for _ in range(tile.halves)]
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    return replace(make_schedule(costs, n * h * w, sm_count), pairs=pairs).to(device)
+    even = config.schedule == "balanced"
+    made = make_schedule(costs, n * h * w, sm_count) if even else round_robin(len(costs), n * h * w, sm_count)
+    return replace(made, pairs=pairs).to(device)
 
 
 def block_sparse_conv2d(
