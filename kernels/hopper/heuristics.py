@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from tetris.kernels.configs import ITEM_SIZE, Conv2dConfig, Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper.geometry import ConvTile
@@ -12,6 +13,7 @@ SHARED_BYTES = 232448
 MOST_X_STAGES, MOST_W_BYTES, MOST_Y_STAGES = 4, 49152, 4
 
 
+@lru_cache(maxsize=4096)
 def supports(
     problem: Conv2dProblem,
     device: DeviceInfo,
@@ -59,6 +61,7 @@ def supports(
     return None
 
 
+@lru_cache(maxsize=4096)
 def complete_tile(problem: Conv2dProblem, config: Conv2dConfig, *, max_pool: bool = False) -> ConvTile:
     """The tile that a config means for a problem: zeros filled in by what shared memory holds.
 
