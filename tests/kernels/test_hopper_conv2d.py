@@ -14,6 +14,7 @@ from tetris import reference
 from tetris.errors import ShapeError, UnsupportedError
 from tetris.kernels.hopper.conv2d import block_sparse_conv2d
 from tetris.kernels.hopper.schedule import round_robin
+from tetris.layout import BlockLayout
 from tetris.tolerances import relative_error, tolerance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
@@ -60,3 +61,19 @@ def test_results_repeat_bit_by_bit():
     )
     first = block_sparse_conv2d(**operands, config=BASE.config)
     assert all(torch.equal(first, block_sparse_conv2d(**operands, config=BASE.config)) for _ in range(20))
+
+
+def test_a_block_row_without_blocks_gets_its_bias():
+    layout = BlockLayout.from_mask(torch.tensor([[True, False], [False, False], [True, True]]), (192, 64), (64, 32))
+    x = torch.randn(8, 64, 9, 9, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    arguments = {
+        "x": x,
+        "values": torch.randn(3, 9, 64, 32, device="cuda", dtype=torch.float16) / 24,
+        "indptr": layout.indptr.to("cuda"),
+        "indices": layout.indices.to("cuda"),
+        "bias": torch.randn(192, device="cuda"),
+        "c_out": 192,
+        **{"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "activation": "relu"},
+    }
+    y = block_sparse_conv2d(**arguments, config=BASE.config)
+    assert relative_error(y, reference.block_sparse_conv2d(**arguments)) <= tolerance(torch.float16)
