@@ -13,7 +13,7 @@ SQUARE = ((16, 16), (32, 32), (64, 64))
 RECTANGULAR = ((64, 16), (64, 32), (128, 32))
 SPARSITIES = (0.5, 0.73, 0.9)
 CONTRAST = 0.7
-"""Of planted blocks: everything outside them is multiplied by 1 - CONTRAST."""
+"""Of planted blocks: everything outside them is multiplied by it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def planted(size: int, block: tuple[int, int], sparsity: float, seed: int) -> tu
     heavy = torch.zeros(rows * columns, dtype=torch.bool)
     heavy[torch.randperm(rows * columns, generator=generator)[: round(rows * columns * (1 - sparsity))]] = True
     mask = heavy.view(rows, columns).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    weight = torch.randn(size, size, generator=generator).abs() * torch.where(mask, 1.0, 1 - CONTRAST)
+    weight = torch.randn(size, size, generator=generator).abs() * torch.where(mask, 1.0, CONTRAST)
     row_order, column_order = (torch.randperm(size, generator=generator) for _ in range(2))
     return weight[row_order][:, column_order].contiguous(), float(weight[mask].sum() / weight.sum())
 
