@@ -291,11 +291,17 @@ class ConvTile:
 
     @property
     def can_pool(self) -> bool:
-        """Whether warpgroups hold whole 2 x 2 squares (both rows in one accumulator or in two) and store groups."""
+        """Whether every thread holds whole 2 x 2 squares.
+
+        Both rows lie in one accumulator or in two of a warpgroup, what is left fills whole groups, and neighbouring
+        columns are one thread's: it has columns 2 i and 2 i + 1 of every group of eight accumulator columns, so with 2
+        or 4 images innermost a neighbour is another thread's.
+        """
         joined = self.rows_per_accumulator
         rows = self.consumer_rows if joined == 1 else (joined,)
         stored = self.accumulator_pixels // (2 if joined == 1 else 4)
-        return all(row % 2 == 0 for row in rows) and self.tile_w % 2 == 0 and stored >= GROUP
+        together = self.tile_n == 1 or self.tile_n % GROUP == 0
+        return together and all(row % 2 == 0 for row in rows) and self.tile_w % 2 == 0 and stored >= GROUP
 
     @property
     def y_step_bytes(self) -> int:
