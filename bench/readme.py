@@ -106,6 +106,16 @@ TABLES: dict[str, ReadmeTable] = {
         ),
         keep=lambda row: row.provider == "tetris" and row.extra["layout"] == "reordered",
     ),
+    "h200-linear": ReadmeTable(
+        csv="h200/linear.csv",
+        columns=(
+            ("tokens x layer, block, kept, layout", "case", str),
+            ("", "provider", str),
+            ("us", "median_us", microseconds),
+            ("speedup over cuBLAS", "speedup", times),
+        ),
+        keep=lambda row: row.provider in ("tetris tuned", "torch BSR swept"),
+    ),
 }
 
 

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from tetris.errors import UnsupportedError
-from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.configs import (
+    Conv2dConfig,
+    Conv2dProblem,
+    DeviceInfo,
+    LinearConfig,
+    LinearProblem,
+    default_linear_config,
+)
 from tetris.kernels.conv2d_paths import choose_conv2d_config
-from tetris.kernels.linear_paths import choose_linear_config
+from tetris.kernels.linear_paths import choose_linear_config, hardly_shares
 
 
 @dataclass(frozen=True)
@@ -90,4 +97,6 @@ def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, ke
         indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
         n_programs=device.sm_count,
     )  # fmt: skip
+    if not key and hardly_shares(schedule):
+        return Launch(default_linear_config(problem, device).to_key())
     return Launch(config.to_key(), schedule.tensors)

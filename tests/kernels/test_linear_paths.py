@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from tetris.bench.cases import random_layout
 from tetris.kernels.configs import DeviceInfo, LinearProblem
-from tetris.kernels.linear_paths import choose_linear_config
+from tetris.kernels.hopper.linear_schedule import make_linear_schedule
+from tetris.kernels.linear_paths import choose_linear_config, hardly_shares
 
 H200 = DeviceInfo("NVIDIA H200", (9, 0), 132, "3.6.0")
 A100 = DeviceInfo("NVIDIA A100", (8, 0), 108, "3.6.0")
@@ -40,3 +42,12 @@ def test_fewer_tokens_take_smaller_tiles_so_that_every_multiprocessor_works():
     assert choose_linear_config(replace(LARGE, tokens=1024), H200).tile_tokens in (128, 256)
     few = choose_linear_config(replace(LARGE, tokens=512), H200)
     assert (few.kernel, few.tile_tokens) != ("hopper", 256)
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(0.04, True), (0.27, False), (1.0, False)])
+def test_sparse_random_layouts_hardly_share_inputs(kept, expected):
+    layout = random_layout((2048, 8192), (64, 64), kept).without_empty_rows()
+    schedule = make_linear_schedule(
+        layout.indptr, layout.indices, block=(64, 64), tokens=4096, tile_tokens=256, n_programs=132
+    )
+    assert hardly_shares(schedule) == expected
