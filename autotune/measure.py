@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tetris.autotune.device import device_info
@@ -19,7 +21,7 @@ from tetris.autotune.timer import Timing, time_us
 from tetris.importance import channel_importance, importance_of
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.permutation import apply
-from tetris.plans import Candidate
+from tetris.plans import Candidate, block_label
 from tetris.pruning import Block, block_sums, fit_block, keep_largest, units_to_keep
 from tetris.reordering import Reordering, reorder
 
@@ -30,6 +32,21 @@ CHANNELS_LAST = torch.channels_last
 DenseLayer = nn.Conv2d | nn.Linear
 Point = tuple[tuple[int, int], float]
 """A block and a sparsity."""
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What conversion fuses behind a layer: an activation, a 2x2 max-pool."""
+
+    activation: str = "none"
+    max_pool: bool = False
+
+
+class Measured(NamedTuple):
+    """The measurements of one layer, the dense one first, and the candidates that did not run."""
+
+    candidates: tuple[Candidate, ...]
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,36 +103,43 @@ class LayerTimer:
     seconds: float = 2.0
     seed: int = 0
 
-    def measure(self, layer: DenseLayer, x: LayerInput, sparsities: Sequence[float]) -> tuple[Candidate, ...]:
+    def measure(
+        self, layer: DenseLayer, x: LayerInput, sparsities: Sequence[float], epilogue: Epilogue | None = None
+    ) -> Measured:
         """Time the dense layer, and every block at every sparsity, interleaved.
 
         With a single sparsity each block is timed a second time, at the sparsity at which it retains what the best
-        block retains: two points to compare blocks at equal importance.
-
-        Returns:
-            the dense candidate first.
+        block retains: two points to compare blocks at equal importance. Block-sparse layers run with the epilogue that
+        conversion will fuse; the dense layer runs with its bias and, if one follows, its max-pool, but without the
+        activation, which a compiler would fuse into the pass that adds the bias.
         """
-        device = self.device or x.device
+        device, epilogue = self.device or x.device, epilogue or Epilogue()
         dense = random_twin(layer, self.seed).to(device)
         points = self._points(layer.weight.detach().to(device), sparsities)
-        sparse = {point: self._sparse(dense, blocks.at(point[1]), x) for point, blocks in points.items()}
+        sparse = {point: self._sparse(dense, blocks.at(point[1]), x, epilogue) for point, blocks in points.items()}
         images = x.random(device, self.seed, channels_last=True)
-        runs = {point: _call(module, images) for point, module in sparse.items()}
-        baseline = {"dense": _call(dense, x.random(device, self.seed))}
+        runs, failures = {}, []
+        for (block, sparsity), module in sparse.items():
+            if problem := why_not(module, images):
+                failures.append(f"{block_label(block)} at {sparsity:.3g}: {problem}")
+            else:
+                runs[block, sparsity] = _call(module, images)
+        baseline = {"dense": _call(dense, x.random(device, self.seed), epilogue.max_pool)}
         if isinstance(dense, nn.Conv2d):
             last = copy.deepcopy(dense)
             last.weight.data = last.weight.data.contiguous(memory_format=CHANNELS_LAST)
-            baseline["dense channels_last"] = _call(last, images)
+            baseline["dense channels_last"] = _call(last, images, epilogue.max_pool)
         times = self._time(baseline | {str(point): run for point, run in runs.items()}, device)
         decisive = attrgetter("median_us" if device.type == "cuda" else "p10_us")  # other processes only add time
         best = min((times[name] for name in baseline), key=decisive)
         found = [Candidate(None, 0.0, 1.0, 1.0, decisive(best), best.p10_us, best.p90_us)]
-        for (block, sparsity), module in sparse.items():
+        for block, sparsity in runs:
+            module = sparse[block, sparsity]
             time, blocks = times[str((block, sparsity))], points[block, sparsity]
             retained = blocks.retained(sparsity)
             spread = decisive(time), time.p10_us, time.p90_us
             found.append(Candidate(block, sparsity, module.kept_fraction, retained, *spread, config=module.config))
-        return tuple(found)
+        return Measured(tuple(found), tuple(failures))
 
     def _points(self, weight: torch.Tensor, sparsities: Sequence[float]) -> dict[Point, ReorderedBlocks]:
         """What is timed: (block, sparsity) -> the weight reordered for that block."""
@@ -134,17 +158,23 @@ class LayerTimer:
                     points[block, blocks.sparsity_retaining(goal)] = blocks
         return points
 
-    def _sparse(self, dense: DenseLayer, reordering: Reordering, x: LayerInput) -> SparseLayer:
+    def _sparse(self, dense: DenseLayer, reordering: Reordering, x: LayerInput, epilogue: Epilogue) -> SparseLayer:
         """The block-sparse layer with folded permutations and, on a GPU, its tuned configuration if there is one."""
         layer: SparseLayer
+        activation, alone = epilogue.activation, None
         if isinstance(dense, nn.Linear):
-            layer = BlockSparseLinear.from_dense(dense, reordering, input_permutation=None, output_permutation=None)
+            layer = BlockSparseLinear.from_dense(
+                dense, reordering, activation=activation, input_permutation=alone, output_permutation=alone
+            )
         else:
-            layer = BlockSparseConv2d.from_dense(dense, reordering, input_permutation=None, output_permutation=None)
+            layer = BlockSparseConv2d.from_dense(
+                dense, reordering, activation=activation, input_permutation=alone, output_permutation=alone
+            )
+            layer.max_pool = epilogue.max_pool
         if self.store is not None and layer.values.is_cuda:
             problem, gpu = problem_of(layer, x), device_info(layer.values.device)
-            match = self.store.lookup(problem, gpu)
-            if match and is_valid(problem, gpu, match.config):
+            match = self.store.lookup(problem, gpu, max_pool=epilogue.max_pool)
+            if match and is_valid(problem, gpu, match.config, epilogue.max_pool):
                 layer.config = match.config.to_key()
         return layer
 
@@ -157,8 +187,19 @@ class LayerTimer:
             )
 
 
-def _call(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    return lambda: module(x)
+def _call(module: nn.Module, x: torch.Tensor, max_pool: bool = False) -> Callable[[], object]:
+    return (lambda: F.max_pool2d(module(x), 2)) if max_pool else (lambda: module(x))
+
+
+@torch.no_grad()
+def why_not(module: nn.Module, x: torch.Tensor) -> str:
+    """Run a candidate once: "" if it runs, otherwise what went wrong. A kernel that does not compile is a finding."""
+    try:
+        module(x)
+    except Exception as error:  # whatever a compiler or a driver raises is recorded in the plan
+        text = str(error).strip()
+        return f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}"
+    return ""
 
 
 def random_twin(layer: DenseLayer, seed: int = 0) -> DenseLayer:

@@ -7,6 +7,7 @@ weights. The decisions themselves are pure functions of the measurements; see :m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,13 +16,15 @@ from torch import nn
 
 from tetris.autotune.decide import allocate, choose_block
 from tetris.autotune.device import device_name, versions
-from tetris.autotune.measure import LayerTimer
+from tetris.autotune.measure import Epilogue, LayerTimer
 from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.autotune.store import TuningStore
+from tetris.conversion import convert
 from tetris.errors import TetrisError, describe
 from tetris.graph import ExampleInputs
 from tetris.importance import importance_of
-from tetris.masking import masked_layers
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.masking import masked_layers, prune
 from tetris.ops import dtype_name
 from tetris.plans import LayerPlan, ModelPlan
 from tetris.pruning import Block
@@ -92,13 +95,14 @@ def plan(
     where = torch.device(device) if device is not None else first.device
     timer = LayerTimer(None, method, importance, where, store or TuningStore(), repeats, seconds_per_layer, seed)
     candidates = match(blocks, list(layers), "blocks") if isinstance(blocks, Mapping) else dict.fromkeys(layers, blocks)
+    epilogues = fused_epilogues(model, example_inputs, list(rates))
     plans = []
     names = [*inputs, *(name for name in layers if name not in inputs)]
     for done, name in enumerate(names):
         if progress:
             progress(name, done, len(names))
         mine = replace(timer, blocks=candidates.get(name))
-        plans.append(_measured(name, layers[name], inputs.get(name), rates.get(name, ()), mine))
+        plans.append(_measured(name, layers[name], inputs.get(name), rates.get(name, ()), mine, epilogues.get(name)))
     if progress:
         progress(names[-1], len(names), len(names))
     budget = ""
@@ -124,8 +128,28 @@ def _sparsities(
     return {name: AUTO_SPARSITIES for name, layer in layers.items() if worth_pruning(layer.weight.shape)}
 
 
+def fused_epilogues(model: nn.Module, example_inputs: ExampleInputs, names: Sequence[str]) -> dict[str, Epilogue]:
+    """What conversion will fuse behind each layer that may be pruned; nothing where the model cannot be traced."""
+    if not names:
+        return {}
+    pruned = prune(model, dict.fromkeys(names, 0.5), block=16, method="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model that cannot be traced is warned about when it is converted
+        fast = convert(pruned, example_inputs)
+    return {
+        name: Epilogue(module.activation, isinstance(module, BlockSparseConv2d) and module.max_pool)
+        for name, module in fast.named_modules()
+        if isinstance(module, BlockSparseConv2d | BlockSparseLinear)
+    }
+
+
 def _measured(
-    name: str, layer: nn.Conv2d | nn.Linear, x: LayerInput | None, sparsities: Sequence[float], timer: LayerTimer
+    name: str,
+    layer: nn.Conv2d | nn.Linear,
+    x: LayerInput | None,
+    sparsities: Sequence[float],
+    timer: LayerTimer,
+    epilogue: Epilogue | None,
 ) -> LayerPlan:
     """The layer's measurements, undecided; a layer that is not to be pruned says why."""
     kind = "linear" if isinstance(layer, nn.Linear) else "conv2d"
@@ -136,11 +160,14 @@ def _measured(
     found = replace(found, input_shape=x.shape, importance=importance)
     if not sparsities:
         return replace(found, reason="dense: no sparsity was asked for it")
-    return replace(found, candidates=timer.measure(layer, x, sparsities))
+    measured = timer.measure(layer, x, sparsities, epilogue)
+    return replace(found, candidates=measured.candidates, failures=measured.failures)
 
 
 def _at_critical_point(layer: LayerPlan, sparsity: float) -> LayerPlan:
     block, rate, reason = choose_block(layer.candidates, sparsity)
+    if layer.failures:
+        reason += f"; {len(layer.failures)} did not run ({layer.failures[0]})"
     return layer.with_choice(block, rate, reason)
 
 

@@ -8,13 +8,14 @@ from torch import nn
 
 import tetris
 from tetris.autotune import measure
-from tetris.autotune.measure import LayerTimer, ReorderedBlocks
+from tetris.autotune.measure import Epilogue, LayerTimer, ReorderedBlocks
 from tetris.autotune.plan_picture import block_speedup, plot_plan
-from tetris.autotune.planner import plan
+from tetris.autotune.planner import fused_epilogues, plan
 from tetris.autotune.problems import LayerInput, capture_inputs, flop, problem_of, size_bytes
 from tetris.autotune.timer import Timing
 from tetris.errors import TetrisError
 from tetris.kernels.configs import Conv2dProblem, LinearProblem
+from tetris.plans import ModelPlan
 from tetris.reordering import reorder
 
 
@@ -127,6 +128,36 @@ def test_the_plan_is_drawn(net: Net, recorded_clock: None, tmp_path) -> None:
     assert b"<svg" in plot_plan(found, tmp_path / "deep" / "plan.svg").read_bytes()[:600]
 
 
+def test_a_candidate_that_does_not_run_is_recorded_and_never_chosen(
+    net: Net, recorded_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tetris.BlockSparseConv2d.forward
+
+    def forward(layer, x, residual=None):
+        if layer.block == (32, 16):
+            raise RuntimeError("error encountered during parsing")
+        return whole(layer, x, residual)
+
+    monkeypatch.setattr(tetris.BlockSparseConv2d, "forward", forward)
+    found = plan(net, X, 0.75, blocks=(16, 32))["conv2"]
+    assert found.block == (16, 16) and "2 did not run (32x16 at 0.75: RuntimeError: error" in found.reason
+    assert {c.block for c in found.candidates} == {None, (16, 16)} and len(found.failures) == 2
+    only = plan(net, X, 0.75, blocks=(32,))
+    assert only["conv2"].block is None and "no block" in only["conv2"].reason
+    assert ModelPlan.from_json(only.to_json()) == only
+
+
+def test_layers_are_measured_with_the_epilogue_that_conversion_fuses() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 32, 1))
+    found = fused_epilogues(model, torch.randn(1, 16, 8, 8), ["0", "3"])
+    assert found == {"0": Epilogue("relu", True), "3": Epilogue("none", False)}
+    timer = LayerTimer((16,), repeats=3, seconds=0.0)
+    x = LayerInput((1, 16, 8, 8), torch.float32, torch.device("cpu"), False)
+    measured = timer.measure(model[0], x, (0.5,), found["0"])
+    assert len(measured.candidates) == 2 and measured.failures == ()
+    assert fused_epilogues(model, torch.randn(1, 16, 8, 8), []) == {}
+
+
 def test_progress_is_told(net: Net, recorded_clock: None) -> None:
     calls: list[tuple[str, int, int]] = []
     plan(net, X, 0.75, blocks=(16,), progress=lambda *call: calls.append(call))
@@ -177,5 +208,5 @@ def test_problem_of_a_layer_counts_its_work(net: Net) -> None:
 def test_timer_defaults_follow_the_device() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(128, 128), LayerInput((4, 128), torch.float32, torch.device("cpu"), False)
-    found = LayerTimer(repeats=3, seconds=0.0).measure(layer, x, (0.5,))
+    found = LayerTimer(repeats=3, seconds=0.0).measure(layer, x, (0.5,)).candidates
     assert [c.block for c in found if c.sparsity == 0.5] == [(16, 16), (32, 32), (64, 32), (64, 64)]

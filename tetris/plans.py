@@ -66,6 +66,7 @@ class LayerPlan:
         input_shape: shape of the input that was measured; () if nothing was measured.
         candidates: everything measured, the dense layer first; () in a plan written by hand.
         reason: why this choice, one sentence.
+        failures: candidates that did not run, with the reason; they are never chosen.
     """
 
     name: str
@@ -77,6 +78,7 @@ class LayerPlan:
     input_shape: tuple[int, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     reason: str = ""
+    failures: tuple[str, ...] = ()
 
     @property
     def dense(self) -> Candidate | None:
@@ -330,6 +332,7 @@ def _layer(data: Any, source: str) -> LayerPlan:
     found["input_shape"] = _sizes(found.get("input_shape", []), f"{source}: input_shape")
     entries = _list_of(found.get("candidates", []), f"{source}: candidates")
     found["candidates"] = tuple(_candidate(entry, f"{source}: candidate {i}") for i, entry in enumerate(entries))
+    found["failures"] = tuple(map(str, _list_of(found.get("failures", []), f"{source}: failures")))
     if not 0 <= found.get("sparsity", 0.0) < 1:
         raise FileFormatError(f"{source}: sparsity wants a number in [0, 1); got {found['sparsity']!r}")
     return LayerPlan(**found)
