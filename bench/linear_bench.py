@@ -23,9 +23,10 @@ from tetris.autotune.timer import time_us
 from tetris.bench.cases import LAYOUTS, LinearCase
 from tetris.bench.report import table
 from tetris.bench.rows import Row, write_csv
+from tetris.dispatch import linear_launch
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, default_linear_config
 from tetris.kernels.hopper.linear import supports as hopper_supports
-from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config, linear_launcher
+from tetris.kernels.linear_paths import DECODE_TOKENS, decode_config, linear_launcher
 from tetris.layout import BlockLayout
 from tetris.packing import pack
 from tetris.tolerances import relative_error, tolerance
@@ -261,7 +262,8 @@ def providers(
     problem = LinearProblem(
         layer.tokens, layer.in_features, layer.out_features, case.block, dtype, operands.layout.n_blocks
     )
-    config = choose_linear_config(problem, info)
+    chosen = linear_launch(problem, operands.layout.indptr, operands.layout.indices)
+    config = LinearConfig.from_key(chosen.config)
     runs["tetris"], notes["tetris"] = tetris_callable(operands, config), config.to_key()
     tried = {config.to_key(): tetris_callable(operands, config) for config in candidates(problem, info)}
     best = fastest(tried, device, short)
