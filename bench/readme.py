@@ -116,6 +116,16 @@ TABLES: dict[str, ReadmeTable] = {
         ),
         keep=lambda row: row.provider in ("tetris tuned", "torch BSR swept"),
     ),
+    "h200-conv": ReadmeTable(
+        csv="h200/conv.csv",
+        columns=(
+            ("layer, batch, block, kept, layout", "case", str),
+            ("us", "median_us", microseconds),
+            ("of the roofline", "roofline_fraction", percent_0),
+            ("speedup", "speedup", times),
+        ),
+        keep=lambda row: row.provider == "tetris tuned",
+    ),
 }
 
 
