@@ -20,7 +20,7 @@ from tetris.autotune.plan_picture import plot_plan
 from tetris.autotune.planner import plan as make_plan
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import time_us
-from tetris.autotune.tuner import rank_and_world, tune_model
+from tetris.autotune.tuner import apply_tuned, rank_and_world, tune_model
 from tetris.errors import FileFormatError, TetrisError
 from tetris.files import atomic_directory
 from tetris.plans import ModelPlan
@@ -64,7 +64,8 @@ def prune_user_model(
         progress.update(task, description="convert")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fast = tetris.convert(pruned, example_inputs=user.inputs)
+            fast = tetris.convert(pruned, example_inputs=user.inputs, plan=options.get("plan"))
+        apply_tuned(fast, user.inputs)
         progress.update(task, description="verify")
         report = tetris.verify(pruned, fast, example_inputs=user.inputs)
         progress.remove_task(task)
