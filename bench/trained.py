@@ -65,7 +65,8 @@ def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> 
     for model, size, epochs in ((lenet, 28, 8), (vgg, 8, 8)):
         images, labels = (t.to(device) for t in _digits(size))
         _train(model, images, labels, 1 if quick else epochs, seed)
-    largest = max((m for m in lenet.modules() if isinstance(m, nn.Linear)), key=lambda m: m.weight.numel())
+    linears: list[nn.Linear] = [m for m in lenet.modules() if isinstance(m, nn.Linear)]
+    largest = max(linears, key=lambda layer: layer.weight.numel())
     convs = [m for m in vgg.modules() if isinstance(m, nn.Conv2d)]
     layers = (largest, convs[2], convs[3], next(m for m in vgg if isinstance(m, nn.Linear)))
     return {name: layer.weight.detach() for name, layer in zip(TRAINED, layers)}

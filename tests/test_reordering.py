@@ -156,6 +156,22 @@ def test_a_time_budget_is_kept_and_still_answers():
     assert r.seconds < 5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_caller_s_number_of_threads_stays(threads):
+    from tetris.joint_reordering import JointProblem, reorder_jointly
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight = gaussian((64, 64))
+        reorder(weight, 16, 0.73, "annealed", steps=2)
+        assert torch.get_num_threads() == threads
+        reorder_jointly([JointProblem(weight.abs(), (16, 16), 0.73, ("a", "b"))])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

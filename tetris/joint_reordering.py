@@ -18,6 +18,7 @@ from tetris.pruning import check_sparsity, fit_block, units_to_keep
 from tetris.search.alternation import Progress
 from tetris.search.methods import METHODS, check_options
 from tetris.search.system import BlockProblem, Key, System, total_of
+from tetris.search.threads import torch_threads_for_numba
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +90,19 @@ def reorder_jointly(
     if not problems:
         raise TetrisError("reorder_jointly: wanted at least one problem; got none")
     sizes = _group_sizes(problems)
-    system = System([_block_problem(problem) for problem in problems], _start_orders(start, sizes))
-    outcome = METHODS[method](system, list(sizes), options)
-    masks, _ = system.expectation()
+    orders = _start_orders(start, sizes)
+    with torch_threads_for_numba():
+        system = System([_block_problem(problem) for problem in problems], orders)
+        outcome = METHODS[method](system, list(sizes), options)
+        masks, _ = system.expectation()
+        retained = [_retained(system, i, mask) for i, mask in enumerate(masks)]
     return JointReordering(
         permutations={key: system.partitions[key].order.cpu() for key in sizes},
         layouts=[
             BlockLayout.from_mask(mask.cpu(), (p.matrix.shape[0], p.matrix.shape[1]), p.block)
             for mask, p in zip(masks, system.problems)
         ],
-        retained=[_retained(system, i, mask) for i, mask in enumerate(masks)],
+        retained=retained,
         n_swaps=outcome.n_swaps,
         seconds=options.budget.elapsed,
     )

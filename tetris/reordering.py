@@ -23,6 +23,7 @@ from tetris.search.alternation import Progress
 from tetris.search.general import alternate_slices, sorted_slices
 from tetris.search.methods import METHODS, Options, Outcome, check_options
 from tetris.search.system import BlockProblem, System, total_of
+from tetris.search.threads import torch_threads_for_numba
 
 __all__ = ["JointProblem", "JointReordering", "Reordering", "reorder", "reorder_jointly", "retained_importance"]
 
@@ -124,10 +125,11 @@ def reorder(
     scores = importance_of(weight, importance)
     permutations = _start_permutations(start, tuple(weight.shape), omega)
     if isinstance(pruning, BlockPruning):
-        system = System([_block_problem(scores, pruning, sparsity)], permutations)
-        outcome = METHODS[method](system, [dim for dim in omega if dim < 2], options)
+        with torch_threads_for_numba():
+            system = System([_block_problem(scores, pruning, sparsity)], permutations)
+            outcome = METHODS[method](system, [dim for dim in omega if dim < 2], options)
+            block_mask, keep_mask = _block_masks(system, tuple(scores.shape))
         permutations.update({dim: system.partitions[dim].order.cpu() for dim in omega if dim < 2})
-        block_mask, keep_mask = _block_masks(system, tuple(scores.shape))
     else:
         outcome = _search_slices(scores, pruning, sparsity, method, permutations, options)
         block_mask, mask = None, pruning.keep_mask(apply(scores, permutations), sparsity)

@@ -90,22 +90,22 @@ def exact(system: System, keys: Sequence[Key], options: Options) -> Outcome:
 
 
 def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
-    """Annealing, then hard alternation with exact M-steps; never below the paper's answer, which it compares with.
+    """Annealing, then hard alternation; never below the paper's answer from the same start, which it compares with.
 
-    With more than 256 groups to a dimension, batched M-steps take the place of the paper's and of the exact ones: they
-    find the same to a thousandth, and take less time than the annealing.
+    The last M-steps are exact, unless a dimension has more than 256 groups: there they would take longer than the
+    annealing and add less than a thousandth.
     """
     large = any(system.partitions[key].n_groups > _LARGE for key in keys)
     start, warm = system.snapshot(), options.warm
-    swaps = alternate(system, keys, split_pairs if large else greedy, options.budget)
-    plain_kept, plain_orders = system.expectation()[1], system.snapshot()
+    swaps = alternate(system, keys, greedy, options.budget)
+    paper_kept, paper_orders = system.expectation()[1], system.snapshot()
     if not warm:
         system.restore(start)
     hottest = WARM if warm else HOTTEST
     anneal(system, keys, options.steps, options.seed, hottest, not warm, options.budget, options.progress)
-    swaps += alternate(system, keys, split_pairs if large else solve_exactly, options.budget)
-    if system.expectation()[1] < plain_kept:
-        system.restore(plain_orders)
+    swaps += alternate(system, keys, greedy if large else solve_exactly, options.budget)
+    if system.expectation()[1] < paper_kept:
+        system.restore(paper_orders)
     return Outcome(swaps)
 
 
