@@ -19,18 +19,18 @@ def plot_plan(plan: ModelPlan, path: str | Path) -> Path:
     blocks = sorted({c.block for layer in layers for c in layer.candidates if c.block}, key=lambda b: (b[0] * b[1], b))
     figure = Figure(figsize=(max(6.0, 0.8 * len(layers) + 2), 4.2), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / max(len(blocks), 1)
+    stars: list[tuple[float, float]] = []
+    groups = [[block for block in blocks if block_speedup(layer, block) is not None] for layer in layers]
+    width = 0.8 / max([len(group) for group in groups], default=1)
     for index, block in enumerate(blocks):
-        places, heights = [], []
-        for place, layer in enumerate(layers):
-            if (speedup := block_speedup(layer, block)) is not None:
-                places.append(place + (index + 0.5) * width - 0.4)
-                heights.append(speedup)
-                if layer.block == block:
-                    axes.plot(places[-1], speedup, marker="*", color="black", markersize=9)
-        axes.bar(places, heights, width, label=block_label(block))
-    dense = [place for place, layer in enumerate(layers) if layer.block is None]
-    axes.plot(dense, [1.0] * len(dense), linestyle="none", marker="*", color="black", markersize=9)
+        members = [place for place, group in enumerate(groups) if block in group]
+        at = [place + width * (groups[place].index(block) - (len(groups[place]) - 1) / 2) for place in members]
+        heights = [block_speedup(layers[place], block) or 0.0 for place in members]
+        axes.bar(at, heights, 0.9 * width, color=f"C{index}", label=block_label(block))
+        chosen = [(x, y) for x, y, place in zip(at, heights, members) if layers[place].block == block]
+        stars += chosen
+    stars += [(place, 1.0) for place, layer in enumerate(layers) if layer.block is None]
+    axes.plot([x for x, _ in stars], [y for _, y in stars], linestyle="none", marker="*", color="black", markersize=9)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=35, ha="right")
     axes.set_ylabel("speedup over dense")
