@@ -106,6 +106,24 @@ TABLES: dict[str, ReadmeTable] = {
         ),
         keep=lambda row: row.provider == "tetris" and row.extra["layout"] == "reordered",
     ),
+    "cpu-reorder": ReadmeTable(
+        csv="cpu/reorder.csv",
+        columns=(
+            ("matrices", "matrices", str),
+            ("method", "provider", str),
+            ("share of the gap closed", "mean_share", percent),
+            ("gain / the paper's", "mean_gain", times),
+            ("worst case", "worst_gain", times),
+            ("retained at twice the edge / the paper's", "twice_the_edge", percent),
+            ("us", "median_us", microseconds),
+        ),
+        keep=lambda row: row.case in ("suite: all but planted", "suite: trained") and row.provider != "none",
+    ),
+    "h200-reorder": ReadmeTable(
+        csv="h200/reorder.csv",
+        columns=(("search", "case", str), ("method", "provider", str), ("us", "median_us", microseconds)),
+        keep=lambda row: row.case.startswith(("VGG16 all", "VGG16 fc6")),
+    ),
     "h200-linear": ReadmeTable(
         csv="h200/linear.csv",
         columns=(

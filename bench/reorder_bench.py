@@ -18,6 +18,7 @@ from tetris.autotune.device import device_name, versions
 from tetris.bench.reorder_cases import ReorderCase, quality_cases, vgg16_weights
 from tetris.bench.report import geometric_mean
 from tetris.bench.rows import FAILED, Row, write_csv
+from tetris.bench.trained import TRAINED
 from tetris.errors import TetrisError
 from tetris.importance import channel_importance
 from tetris.layout import grid_shape
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         for case in quality_cases(args.device, args.seeds, args.quick, args.matrices, args.blocks):
             rows += measure_quality(case, args.device, args.quick)
             write_csv(args.out / "reorder.csv", rows)
+        rows += summaries(rows)
     return rows
 
 
@@ -196,6 +198,40 @@ def doubled_edge(rows: list[Row], provider: str) -> list[float]:
     paper = {place(row, 2): row.extra["retained"] for row in squares if row.provider == "paper"}
     mine = {place(row, 1): row.extra["retained"] for row in squares if row.provider == provider}
     return [mine[key] / paper[key] for key in mine if key in paper and key[0] != "planted"]
+
+
+def summaries(rows: list[Row]) -> list[Row]:
+    """A row a method and group of matrices: geometric mean of the gain, the worst gain, mean share of the gap."""
+    measured = [row for row in rows if "gain" in row.extra and row.extra["matrix"] != "planted"]
+    groups = {"all but planted": measured, "trained": [r for r in measured if r.extra["matrix"] in TRAINED]}
+    for kind in dict.fromkeys(row.extra["matrix"] for row in measured):
+        groups.setdefault(kind, [row for row in measured if row.extra["matrix"] == kind])
+    found = []
+    for group, members in groups.items():
+        for provider, _, _ in METHODS:
+            mine = [row for row in members if row.provider == provider]
+            gains = [row.extra["gain"] for row in mine if not math.isnan(row.extra["gain"])]
+            if not gains:
+                continue
+            extra = {
+                "matrices": group,
+                "cases": len(mine),
+                "mean_gain": geometric_mean(gains),
+                "worst_gain": min(gains),
+                "mean_share": sum(row.extra["share_of_gap"] for row in mine) / len(mine),
+                "twice_the_edge": geometric_mean(doubled_edge(mine + _paper_of(members), provider)),
+            }
+            microseconds = geometric_mean([row.median_us for row in mine])
+            first = mine[0]
+            case = f"suite: {group}"
+            found.append(
+                Row("reorder", case, provider, microseconds, device=first.device, versions=first.versions, extra=extra)
+            )
+    return found
+
+
+def _paper_of(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.provider == "paper"]
 
 
 def show(rows: list[Row]) -> str:

@@ -68,5 +68,10 @@ def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> 
     linears: list[nn.Linear] = [m for m in lenet.modules() if isinstance(m, nn.Linear)]
     largest = max(linears, key=lambda layer: layer.weight.numel())
     convs = [m for m in vgg.modules() if isinstance(m, nn.Conv2d)]
-    layers = (largest, convs[2], convs[3], next(m for m in vgg if isinstance(m, nn.Linear)))
-    return {name: layer.weight.detach() for name, layer in zip(TRAINED, layers)}
+    weights = (
+        largest.weight,
+        convs[2].weight,
+        convs[3].weight,
+        next(m for m in vgg if isinstance(m, nn.Linear)).weight,
+    )
+    return {name: weight.detach() for name, weight in zip(TRAINED, weights)}
