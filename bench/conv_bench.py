@@ -8,7 +8,9 @@ analytic model chooses, "tetris tuned" the fastest of the model's ``--candidates
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -47,7 +49,30 @@ def run(args: argparse.Namespace) -> list[Row]:
         torch.cuda.empty_cache()
     if not (args.quick or args.match or args.no_chain):
         rows += chain_rows(args.candidates, args.repeats, ceilings.get("float16") or conv_ceilings("float16"))
+    draw(rows, args.out)
     return rows
+
+
+def draw(rows: list[Row], folder: Path) -> Path:
+    """The tuned configs' speedups as bars with their floors and targets, ``conv.png`` in ``folder``."""
+    from matplotlib.figure import Figure
+
+    ours = [row for row in rows if row.provider == "tetris tuned"][::-1]
+    places = range(len(ours))
+    figure = Figure(figsize=(8.0, 0.24 * len(ours) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(places, [row.speedup for row in ours], color="#4c78a8")
+    for name, mark in (("floor", "|"), ("target", "D")):
+        axes.scatter(
+            [float(row.extra.get(name, math.nan)) for row in ours], places, marker=mark, c="black", s=18, label=name
+        )
+    axes.axvline(1.0, color="grey", linewidth=0.8)
+    axes.set_yticks(places, [row.case for row in ours], fontsize="small")
+    axes.set(xlabel="speedup over cuDNN on dense weights (last line: torch.compile)", ylim=(-0.6, len(ours) - 0.4))
+    axes.legend(loc="lower right")
+    path = folder / "conv.png"
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def conv_ceilings(dtype: str) -> Ceilings:

@@ -21,10 +21,10 @@ QUICK = (2, 8, 13, 15, 27)
 """Tall tiles with an epilogue; pairs of rows with pooling; tf32; stride 2; a batch of one."""
 
 
-def facts(indices: tuple[int, ...]) -> dict[str, dict]:
-    """Variant -> facts, compiled in a child: here the interpreter may be active."""
+def facts(*which: int | str) -> dict[str, dict]:
+    """Variant -> facts, compiled in a child: here the interpreter may be active. See the child for ``which``."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.hopper_conv_report", *map(str, indices)]
+    command = [sys.executable, "-m", "tests.support.hopper_conv_report", *map(str, which)]
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
@@ -38,11 +38,21 @@ def check(report: dict[str, dict]) -> None:
 
 
 def test_typical_variants_fit_and_multiply_asynchronously():
-    report = facts(QUICK)
+    report = facts(*QUICK)
     assert len(report) == len(QUICK)
     check(report)
 
 
+def test_layers_that_pool_get_configs_that_compile():
+    """VGG16's pooled layers in 64x32 blocks at batches from 1 to 128, where nothing is tuned."""
+    report = facts("pooled-defaults")
+    assert len(report) >= 10
+    check(report)
+
+
 @pytest.mark.slow
-def test_the_other_variants_do_too():
-    check(facts(tuple(index for index in range(len(VARIANTS)) if index not in QUICK)))
+@pytest.mark.skipif("TETRIS_COMPILE_ALL" not in os.environ, reason="minutes of compiling: set TETRIS_COMPILE_ALL")
+def test_the_other_variants_and_every_first_choice_compile():
+    """All of the sweep's variants; every layer of VGG16 and of the conv bench at all batches and blocks."""
+    check(facts(*(index for index in range(len(VARIANTS)) if index not in QUICK)))
+    check(facts("defaults"))

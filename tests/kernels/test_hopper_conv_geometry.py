@@ -148,3 +148,9 @@ def test_bands_cover_the_rows_that_are_read():
     assert [band.row for band in gaps.bands] == [0, 2, 4, 6, 8]  # odd rows are never read
     pointwise = ConvTile((64, 64), kernel_size=(1, 1), padding=(0, 0), tile_n=8, tile_h=8, tile_w=8, w_taps=1)
     assert [(band.row, band.rows) for band in pointwise.bands] == [(0, 4), (4, 4)]  # one band a consumer
+
+
+@pytest.mark.parametrize(("tile_n", "pools"), [(1, True), (2, False), (4, False)])
+def test_columns_pool_where_one_thread_holds_neighbours(tile_n, pools):
+    tile = ConvTile((64, 32), tile_n=tile_n, tile_h=8, tile_w=16 // tile_n, tile_k=32, copies=True)
+    assert tile.can_pool == pools

@@ -1,6 +1,8 @@
 """Child process of the ahead-of-time tests: compiles variants of the Hopper convolution for sm_90, prints JSON facts.
 
-python -m tests.support.hopper_conv_report 0 3 9
+python -m tests.support.hopper_conv_report 0 3 9            (of the sweep's variants)
+python -m tests.support.hopper_conv_report defaults         (the configs that layers get where nothing is tuned)
+python -m tests.support.hopper_conv_report pooled-defaults  (of them a dozen that pool)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import triton
 
 from tests.kernels.hopper_conv_variants import VARIANTS, Variant
 from tests.support.compiler import Compiled, compiling
+from tests.support.hopper_conv_defaults import default_variants
 from tests.support.operands import conv2d_operands
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper import conv2d as launcher
@@ -39,5 +42,10 @@ def compile_variant(variant: Variant) -> Compiled:
 
 if __name__ == "__main__":
     launcher.device_info = lambda device: DeviceInfo("sm_90", (9, 0), 132, triton.__version__)
-    chosen = [VARIANTS[int(index)] for index in sys.argv[1:]]
+    if sys.argv[1] == "defaults":
+        chosen = default_variants()
+    elif sys.argv[1] == "pooled-defaults":
+        chosen = [v for v in default_variants() if v.max_pool and v.block == (64, 32)]
+    else:
+        chosen = [VARIANTS[int(index)] for index in sys.argv[1:]]
     print(json.dumps({str(variant): dataclasses.asdict(compile_variant(variant)) for variant in chosen}))
