@@ -21,7 +21,9 @@ from tetris.kernels.configs import (
     default_linear_config,
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config
-from tetris.kernels.linear_paths import choose_linear_config, hardly_shares
+from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
+from tetris.kernels.hopper.linear import supports as hopper_linear_supports
+from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, hardly_shares
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,18 @@ def conv2d_launch(
     max_pool: bool = False,
     allow_tf32: bool = False,
 ) -> Launch:
-    """The launch of a convolution on indptr's device: the config of ``key``, or the one chosen for the problem."""
+    """The launch of a convolution on indptr's device.
+
+    The config of ``key`` serves the problems that its kernel takes with it; others, for example another batch size than
+    the one it was tuned for, get the one chosen for the problem.
+    """
     device = device_info(indptr.device)
-    config = (
-        Conv2dConfig.from_key(key)
-        if key
-        else choose_conv2d_config(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
-    )
+    config = Conv2dConfig.from_key(key) if key else None
+    if config is None or (
+        config.kernel == "hopper"
+        and hopper_conv2d_supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is not None
+    ):
+        config = choose_conv2d_config(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
     if config.kernel != "hopper":
         return Launch(config.to_key())
     from tetris.kernels.hopper.conv2d import conv2d_schedule
@@ -86,9 +93,15 @@ def conv2d_launch(
 
 
 def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:
-    """The launch of a linear layer on indptr's device: the config of ``key``, or the one chosen for the problem."""
+    """The launch of a linear layer on indptr's device; the config of ``key`` as in :func:`conv2d_launch`."""
     device = device_info(indptr.device)
-    config = LinearConfig.from_key(key) if key else choose_linear_config(problem, device)
+    config = LinearConfig.from_key(key) if key else None
+    if (
+        config is None
+        or (config.kernel == "hopper" and hopper_linear_supports(problem, device, config) is not None)
+        or (config.kernel == "decode" and problem.tokens > DECODE_TOKENS)
+    ):
+        config = choose_linear_config(problem, device)
     if config.kernel != "hopper":
         return Launch(config.to_key())
     from tetris.kernels.hopper.linear_schedule import make_linear_schedule
