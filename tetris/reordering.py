@@ -112,7 +112,7 @@ def reorder(
         progress: called with (outer steps done, retained fraction so far).
         start: permutations {dim: indices} or a Reordering to start from, instead of the identity.
     Returns:
-        the Reordering; never below the start's retained importance.
+        the Reordering; all methods but "sort" retain at least what the start does.
     Raises:
         TetrisError, ShapeError, UnsupportedError: bad input, naming what was wanted.
     """
