@@ -1,0 +1,222 @@
+"""Timer, compilation ahead and stored choices where the GPU is a stand-in: what they do around the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import tetris
+from tests.support.fake_gpu import H200
+from tetris import reference
+from tetris.autotune import compile_ahead, device, timer, tuner
+from tetris.autotune.compile_ahead import Job, Workers, distinct_kernels, even_layout, run_once, start_workers
+from tetris.autotune.problems import LayerInput
+from tetris.autotune.space import config_space
+from tetris.autotune.store import Entry, TuningStore
+from tetris.autotune.timer import time_us
+from tetris.autotune.tuner import apply_tuned, local_gpu, rank_and_world, sparse_layers
+from tetris.dispatch import Launch
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearConfig, LinearProblem
+
+LINEAR = LinearProblem(8, 64, 48, (16, 16), "float32", 6)
+CONV = Conv2dProblem(2, 32, 32, 6, 6, (3, 3), (1, 1), (1, 1), (1, 1), (16, 16), "float32", 3)
+
+
+class Clock:
+    """CUDA events, streams and graphs on a clock that moves one millisecond with every call of :meth:`run`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.sleeps, self.replays = 0.0, 0, 0
+        owner = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = owner.now
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Stream:
+            def wait_stream(self, other: object) -> None: ...
+
+        class Graph:
+            def replay(self) -> None:
+                owner.replays += 1
+                owner.run()
+
+        def sleep(cycles: int) -> None:
+            owner.sleeps += 1
+
+        zeros = torch.zeros
+        for name, value in {
+            "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "_sleep": sleep, "synchronize": lambda: None,
+            "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
+            "graph": lambda graph: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(timer, "L2_FLUSH_BYTES", 64)
+        monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
+
+    def run(self) -> None:
+        self.now += 1
+
+
+def test_gpu_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    twice = lambda: (clock.run(), clock.run())  # noqa: E731
+    times = time_us({"a": clock.run, "b": twice}, device="cuda", warmup=1, repeats=5, cold_l2=True)
+    assert (times["a"].median_us, times["b"].median_us) == (1000, 2000) and times["a"].repeats == 5
+    assert clock.sleeps == 10 and clock.now == 3 + 5 * 3
+
+
+def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times = time_us({"a": clock.run}, device="cuda", warmup=2, repeats=4, cuda_graph=True, queue_ahead=False)
+    assert clock.replays == 4 and clock.sleeps == 0 and clock.now == 2 + 2 + 4 and times["a"].p90_us == 1000
+
+
+@pytest.mark.parametrize("device_name", ["cpu", "cuda"])
+def test_a_budget_ends_after_three_rounds(device_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert time_us({"a": clock.run}, device=device_name, repeats=50, budget_s=0.0)["a"].repeats == 3
+
+
+def test_even_layouts_leave_no_block_row_empty() -> None:
+    layout = even_layout((64, 48), (16, 16), 6, "cpu")
+    counts = layout.indptr.diff()
+    assert int(counts.sum()) == 6 and int(counts.min()) == 1 and int(counts.max()) == 2
+    assert even_layout((32, 32), (16, 16), 99, "cpu").kept_fraction == 1
+
+
+@pytest.mark.parametrize(
+    "job", [Job(LINEAR, activation="relu"), Job(CONV, bias=False, max_pool=True)], ids=["linear", "conv"]
+)
+def test_a_job_runs_the_layer_it_describes_and_travels_as_text(job: Job) -> None:
+    y = run_once(job, "cpu")
+    assert y.shape == ((8, 48) if job.problem is LINEAR else (2, 32, 3, 3))
+    assert torch.equal(y, torch.zeros_like(y))  # zeros in, no bias: the weights do not show
+    assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+
+
+def test_jobs_that_want_one_kernel_are_compiled_once() -> None:
+    other_tokens = Job(LinearProblem(8, 128, 48, (16, 16), "float32", 9), LinearConfig().to_key())
+    jobs = [Job(LINEAR, LinearConfig().to_key()), other_tokens, Job(LINEAR, LinearConfig(num_warps=8).to_key())]
+    jobs += [Job(CONV, Conv2dConfig().to_key()), Job(CONV, Conv2dConfig().to_key(), bias=False)]
+    assert distinct_kernels(jobs, H200) == [jobs[0], *jobs[2:]]
+
+
+def test_a_worker_names_the_jobs_that_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs, done = [Job(LINEAR), Job(CONV), Job(LINEAR, bias=False)], []
+
+    def run(job: Job, device: str) -> None:
+        if job == jobs[1]:
+            raise RuntimeError("out of shared memory\nand more")
+        done.append((job, device))
+
+    monkeypatch.setattr(compile_ahead, "run_once", run)
+    monkeypatch.setattr(sys, "argv", ["compile_ahead", "cpu"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps(job.to_json()) for job in jobs)))
+    threads = torch.get_num_threads()
+    compile_ahead.main()
+    torch.set_num_threads(threads)
+    assert done == [(jobs[0], "cpu"), (jobs[2], "cpu")]
+    assert capsys.readouterr().err == f"compile_ahead: {CONV}: RuntimeError: out of shared memory\n"
+
+
+def test_workers_share_distinct_jobs_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str], **options: object) -> None:
+            self.stdin, self.command, self.returncode = io.StringIO(), command, len(started)
+            self.stdin.close = lambda: setattr(self, "text", self.stdin.getvalue())  # type: ignore[method-assign]
+            started.append(self)
+
+        def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+            return "", "compile_ahead: too large\nnoise"
+
+    monkeypatch.setattr(compile_ahead.subprocess, "Popen", Process)
+    jobs = [Job(LINEAR), Job(CONV), Job(LINEAR), Job(CONV, bias=False)]
+    workers = start_workers(jobs, "cuda", workers=2)
+    texts = [[Job.from_json(json.loads(line)) for line in process.text.splitlines()] for process in started]
+    assert texts == [[jobs[0], jobs[3]], [jobs[1]]] and started[0].command[-1] == "cuda"
+    failures = workers.wait(seconds=5)
+    assert failures.count("compile_ahead: too large") == 2
+    assert any("ended with 1" in line for line in failures) and not any("ended with 0" in line for line in failures)
+    assert start_workers([]).processes == []
+
+
+def test_a_worker_that_takes_too_long_is_ended() -> None:
+    import subprocess
+
+    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE, text=True)
+    (failure,) = Workers([slow]).wait(seconds=0.2)
+    assert "ended after 0.2 s" in failure and slow.returncode != 0
+
+
+def converted() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(8, 64)
+    return tetris.convert(tetris.prune(model, 0.5, block=16, method="none"), example_inputs=x), x
+
+
+def test_stored_choices_are_set_on_the_layers_of_a_gpu(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = converted()
+    layers = sparse_layers(model)
+    on_gpu = LayerInput((8, 64), torch.float32, torch.device("cuda"), False)
+    monkeypatch.setattr(tuner, "capture_inputs", lambda *arguments: dict.fromkeys(layers, on_gpu))
+    monkeypatch.setattr(tuner, "device_info", lambda device: H200)
+    store = TuningStore(tmp_path, tables=tmp_path / "none")
+    assert apply_tuned(model, x, store) == {} and layers["0"].config == ""
+    problem = tuner.problem_of(layers["0"], on_gpu)
+    config = config_space(problem, H200)[1]
+    store.put([Entry(H200.name, H200.capability, H200.triton_version, problem, config, 5.0, 9.0, 3)])
+    layers["0"]._launches[("old",)] = Launch("{}")
+    assert apply_tuned(model, x, store) == {"0": 0.0, "2": 0.0}
+    assert layers["0"].config == config.to_key() and layers["0"]._launches == {}
+
+
+def test_torchrun_tells_rank_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_and_world() == (0, 1) and local_gpu() == "cuda"
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert rank_and_world() == (3, 8) and local_gpu() == "cuda:1"
+
+
+def test_kernels_are_compiled_ahead_of_a_search(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = converted()
+    monkeypatch.setattr(tuner, "require_gpu", lambda devices: None)
+    monkeypatch.setattr(tuner, "device_info", lambda device: H200)
+    started: list[Job] = []
+    monkeypatch.setattr(tuner, "start_workers", lambda jobs, device, n: started.extend(jobs) or Workers([]))
+    tuner.tune_model(model, x, store=TuningStore(tmp_path, tables=tmp_path / "none"), budget=4, processes=1)
+    assert started and len(set(started)) == len(started) and {job.problem.tokens for job in started} == {8}
+
+
+def test_a_gpu_is_named_in_full_and_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(device, "gpu_info", lambda device: H200)
+    assert device.device_name("cuda") == "NVIDIA H200" and device.short_name("cuda") == "h200"
+    assert device.device_info("cuda") is H200
+    assert device.package_version("no-such-package") == "none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "cudnn" in device.versions()
+
+
+def test_gelu_and_relu6_have_twins() -> None:
+    x = torch.tensor([-1.0, 0.5, 9.0])
+    assert torch.equal(reference.activate(x, "relu6"), torch.tensor([0.0, 0.5, 6.0]))
+    assert reference.activate(x, "gelu")[1] == pytest.approx(0.5 * 0.5 * (1 + math.erf(0.5 / math.sqrt(2))))

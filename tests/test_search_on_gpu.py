@@ -1,0 +1,152 @@
+"""The searches' GPU paths: their kernels run in Triton's interpreter and must do what the compiled loops do."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.support.fake_gpu import on_gpu
+from tetris.errors import UnsupportedError
+from tetris.search import annealing, batched, greedy, sums, transport
+from tetris.search.annealing import NOISE, anneal, soft_mask
+from tetris.search.partition import Partition
+from tetris.search.system import BlockProblem, System
+
+pytestmark = [
+    pytest.mark.usefixtures("triton_kernels"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the real paths"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after the other: a grid barrier needs all in one."""
+    for module in (sums, greedy, batched, transport):
+        monkeypatch.setattr(module, "processors", lambda device: 1)
+
+
+def values_of(n: int, groups: int, high: int = 9) -> torch.Tensor:
+    """Values whose sums and differences are exact."""
+    return torch.randint(0, high, (n, groups), generator=torch.Generator().manual_seed(n)).double()
+
+
+def blocks(n: int, edge: int) -> Partition:
+    return Partition(torch.arange(n), torch.arange(0, n + edge, edge).clamp(max=n))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_group_sums(dim: int) -> None:
+    matrix, order = values_of(12, 10), torch.randperm([12, 10][dim], generator=torch.Generator().manual_seed(0))
+    got = sums.group_sums(on_gpu(matrix), order, 4, dim)
+    assert torch.equal(got.as_subclass(torch.Tensor), sums.group_sums(matrix, order, 4, dim))
+
+
+def test_products_keep_float32_at_full_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(5000, 7, generator=generator), torch.randn(7, 3, generator=generator)
+    got = sums.product(on_gpu(left), right).as_subclass(torch.Tensor)
+    assert torch.equal(got, (left.double() @ right.double()).float())
+
+
+def test_greedy_makes_the_same_swaps() -> None:
+    values, here, there = values_of(24, 6), blocks(24, 4), blocks(24, 4)
+    traces = torch.full((2, 50, 2), -1)
+    swaps = greedy.greedy(values, here, traces[0])
+    assert greedy.greedy(on_gpu(values), there, traces[1]) == swaps > 0
+    assert torch.equal(traces[0], traces[1]) and torch.equal(here.order, there.order)
+    assert greedy.greedy(on_gpu(values), blocks(4, 4)) == 0
+
+
+def test_greedy_leaves_unequal_groups_to_the_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets = torch.tensor([0, 2, 7, 12])
+    here, there = (Partition(torch.arange(12), offsets) for _ in range(2))
+    values = values_of(12, 3)
+
+    class Mixed(type(on_gpu(values))):  # type: ignore[misc]
+        def cpu(self):
+            return values
+
+    assert greedy.greedy(values.as_subclass(Mixed), there) == greedy.greedy(values, here) > 0
+    assert torch.equal(here.order, there.order)
+
+
+def test_nothing_gains_where_there_is_nothing() -> None:
+    assert greedy.smallest_gain(torch.empty(0, 3)) == 0 and greedy.smallest_gain(torch.ones(1, 1)) < 1e-5
+
+
+def test_sweeps_make_the_same_swaps() -> None:
+    values, here, there = values_of(24, 6), blocks(24, 4), blocks(24, 4)
+    swaps = batched.batched(values, here)
+    assert batched.batched(on_gpu(values), there) == swaps > 0
+    assert torch.equal(here.order, there.order)
+    assert batched.batched(values, blocks(4, 4)) == 0
+
+
+def test_exact_steps_reach_the_same_optimum_and_prove_it() -> None:
+    values, here, there = values_of(24, 6, 1000), blocks(24, 4), blocks(24, 4)
+    transport.exact(values, here)
+    moves, prices = transport.solve(on_gpu(values), there)
+    kept = [float(values.gather(1, partition.labels()[:, None]).sum()) for partition in (here, there)]
+    assert moves > 0 and kept[0] == kept[1]
+    gap = transport.optimality_gap(values, there.labels(), prices.as_subclass(torch.Tensor))
+    assert gap == pytest.approx(0, abs=1e-6) and transport.certify(values, here).is_optimal
+
+
+def test_a_cycle_search_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_solve_on_cpu", lambda *arguments: (0, 0, False, torch.zeros(6)))
+    with pytest.raises(RuntimeError, match="did not end"):
+        transport.solve(values_of(24, 6), blocks(24, 4))
+
+
+def test_soft_masks_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    block_sums, noise = torch.rand(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    got = soft_mask(on_gpu(block_sums), 10, torch.tensor([0.2]), noise).as_subclass(torch.Tensor)
+    torch.testing.assert_close(got, soft_mask(block_sums, 10, 0.2, noise), rtol=1e-3, atol=1e-4)
+    still = soft_mask(block_sums, 10, 0.2, torch.zeros(6, 5))
+    assert float(still.sum()) == pytest.approx(10, rel=1e-4) and NOISE > 0
+
+
+class Replays:
+    """A CUDA graph that runs its step again."""
+
+    def __init__(self, step) -> None:
+        self.replay = step
+
+
+def test_replayed_steps_cool_down_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replayed annealing on CPU tensors, the graph replaced by its own step."""
+    monkeypatch.setattr(annealing, "_capture", lambda step, generator: Replays(step))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    matrix = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).abs()
+    system = System([BlockProblem(matrix, (8, 8), 6)])
+    keys, seen = list(system.partitions), []
+    draws = torch.Generator().manual_seed(0)
+    before = system.retained(system.expectation()[1])
+    steps = annealing._anneal_by_replay(system, keys, 40, 0, 0.5, draws, lambda step, kept: seen.append((step, kept)))
+    assert steps == 40 and [step for step, _ in seen] == list(range(2, 40, 2))
+    assert system.retained(system.expectation()[1]) == pytest.approx(seen[-1][1], rel=0.1)
+    assert seen[-1][1] > before
+    for key in keys:
+        order = system.partitions[key].order
+        assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+def test_annealing_without_partitions_makes_no_step() -> None:
+    system = System([BlockProblem(torch.ones(8, 8), (4, 4), 2)])
+    assert anneal(system, [], 5, seed=0) == 0
+
+
+def test_processors_are_the_driver_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert sums.processors(torch.device("cuda")) == 132
+
+
+def test_a_search_on_a_gpu_without_triton_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UnsupportedError, match=r"reorder: wanted Triton .* weight\.cpu"):
+        sums.group_sums(on_gpu(torch.ones(4, 4)), torch.arange(4), 2, 0)
