@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 
@@ -217,7 +218,12 @@ def test_the_stem_operator_launches_its_kernel(h200, device):
 def test_a_converted_model_knows_its_launches_are_not_part_of_it():
     layer = sparse_linear()
     layer._launches[("key",)] = Launch("{}")
-    import copy
-
     assert copy.deepcopy(layer)._launches == {} and len(layer._launches) == 1
     assert isinstance(layer, tetris.BlockSparseLinear)
+
+
+def test_a_layer_prints_what_it_does():
+    order = torch.arange(96).flip(0)
+    text = repr(sparse_linear(input_permutation=order, activation="gelu", bias=False, kept_fraction=0.5))
+    assert text == "BlockSparseLinear(96, 64, block=16x16, kept=0.500, activation=gelu, permutes input, bias=False)"
+    assert sparse_linear(input_permutation=torch.arange(96)).input_permutation is None  # the identity costs nothing
