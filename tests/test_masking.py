@@ -81,9 +81,8 @@ def test_reordering_retains_more_and_is_deterministic(method, permutations):
     plain = tetris.reorderings(tetris.prune(lenet(), 0.7, method="none", block=(16, 8)))
     for name, r in first.items():
         assert torch.equal(r.keep_mask, second[name].keep_mask)
-        kept = float(
-            lenet().get_submodule(name).weight.abs()[r.keep_mask].sum() / lenet().get_submodule(name).weight.abs().sum()
-        )
+        weight = lenet().get_submodule(name).weight.detach().abs()
+        kept = float(weight[r.keep_mask].sum() / weight.sum())
         assert r.retained == pytest.approx(kept, rel=1e-5)
     assert sum(r.retained for r in first.values()) >= sum(r.retained for r in plain.values()) - 1e-9
 
@@ -158,3 +157,31 @@ def test_a_pruned_model_is_not_pruned_again():
     pruned = tetris.prune(lenet(), 0.5, method="sort")
     with pytest.raises(TetrisError, match="pruned already"):
         tetris.prune(pruned, 0.5)
+
+
+def test_a_bare_layer_is_refused_with_advice():
+    with pytest.raises(TetrisError, match="a bare Linear; wrap it"):
+        tetris.prune(nn.Linear(64, 64), 0.5)
+
+
+class Attention(nn.Module):
+    """An attention whose projections are read, not called, and a layer that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.up, self.down, self.idle = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("permutations", ["auto", "separate"])
+def test_attention_and_idle_layers_do_not_get_in_the_way(permutations):
+    x = torch.randn(2, 5, 32)
+    options = {"block": 8, "method": "sort", "permutations": permutations, "example_inputs": x}
+    pruned = tetris.prune(Attention(), 0.5, **options)
+    assert set(tetris.masked_layers(pruned)) == {"up", "down", "idle"}
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert tetris.verify(pruned, fast, example_inputs=x).passed

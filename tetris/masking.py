@@ -183,6 +183,11 @@ def prune(
     """
     if permutations not in PERMUTATIONS:
         raise TetrisError(f"prune: wanted permutations of {', '.join(PERMUTATIONS)}; got {describe(permutations)}")
+    if isinstance(model, (nn.Linear, nn.Conv2d)):
+        raise TetrisError(
+            f"prune: wanted a model with layers inside; got a bare {type(model).__name__}; wrap it in nn.Sequential, "
+            "or use tetris.reorder and tetris.BlockSparseLinear.from_dense (BlockSparseConv2d.from_dense)"
+        )
     if masked_layers(model):
         raise TetrisError(
             "prune: wanted a dense model; this one is pruned already; prune the original, or bake_masks it"
@@ -265,7 +270,7 @@ def _shared(
     free = {group.index for group in graph.groups if group.fixed is None}
 
     def group_of(slots: dict[str, tuple[int, int]], name: str) -> tuple[int | None, int]:
-        index, repeats = slots[name]
+        index, repeats = slots.get(name, (None, 1))  # a layer that the trace never calls shares nothing
         return (index if index in free else None), repeats
 
     problems = []

@@ -27,11 +27,20 @@ MIN_CHANNELS = 16
 
 
 def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
-    """All convolutions without groups and linear layers of a model, by name, in the order of registration."""
+    """All convolutions without groups and linear layers of a model, by name, in the order of registration.
+
+    Subclasses with a forward of their own are left out, and so is the inside of ``nn.MultiheadAttention``, which reads
+    its projections' weights without calling them.
+    """
+    attentions = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if (
+            (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+            or (isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward and module.groups == 1)
+        )
+        and not name.startswith(attentions)
     }
 
 
