@@ -15,6 +15,7 @@ import torch
 
 from tetris.errors import ShapeError
 from tetris.importance import channel_importance
+from tetris.layout import block_row_of
 from tetris.permutation import apply
 from tetris.pruning import expand_block_mask
 
@@ -49,6 +50,8 @@ METHOD_STYLES = {
 def layer_picture(weight: torch.Tensor, reordering: Reordering, name: str, max_pixels: int = 800) -> Figure:
     """Figure 3 for one layer: |W| summed over the kernel taps, as it is, reordered, and pruned in blocks.
 
+    Block rows and block columns are drawn fullest first: their order is free, since no block changes.
+
     Args:
         weight: [C_OUT, C_IN, ...] in the original order.
         reordering: of that weight, with a block mask.
@@ -61,8 +64,10 @@ def layer_picture(weight: torch.Tensor, reordering: Reordering, name: str, max_p
     if reordering.block_mask is None:
         raise ShapeError(f"picture: wanted a reordering with a block mask; {name} was pruned without blocks")
     before = channel_importance(weight.detach().float().abs().cpu())
-    reordered = apply(before, reordering.permutations)
+    fullest_first = _fullest_first(reordering)
+    reordered = apply(apply(before, reordering.permutations), fullest_first)
     keep = expand_block_mask(reordering.block_mask.cpu(), tuple(reordered.shape), reordering.block)
+    keep = apply(keep, fullest_first)
     high = float(torch.quantile(before.flatten()[:: max(1, before.numel() // 1_000_000)], 0.995))
     figure = Figure(figsize=(11, 0.9 + 3.5 * min(1.2, before.shape[0] / before.shape[1])), layout="constrained")
     panels = (
@@ -86,6 +91,18 @@ def layer_picture(weight: torch.Tensor, reordering: Reordering, name: str, max_p
         f"{name}, |weight|: the blocks that are left hold {reordering.retained:.1%} of the importance", fontsize=11
     )
     return figure
+
+
+def _fullest_first(reordering: Reordering) -> dict[int, torch.Tensor]:
+    """Permutations that move whole blocks so that the rows and columns that keep most come first."""
+    assert reordering.block_mask is not None
+    result = {}
+    for dim in (0, 1):
+        kept = reordering.block_mask.sum(1 - dim).cpu()
+        rank = kept.argsort(descending=True, stable=True).argsort()
+        block_of = block_row_of(reordering.shape[dim], reordering.block[dim])
+        result[dim] = rank[block_of].argsort(stable=True)
+    return result
 
 
 def accuracy_picture(results: Sequence[Result], dense_accuracy: float, data_name: str) -> Figure:
