@@ -210,7 +210,7 @@ def test_the_gpu_operators_launch_the_kernels_of_their_configs(h200, device):
 def test_the_stem_operator_launches_its_kernel(h200, device):
     weight, x = torch.randn(16, 3, 3, 3, device=device), torch.randn(1, 3, 8, 8, device=device)
     packed = stem.pack_stem(weight)
-    got = stem.stem_conv2d._init_fn(x, packed, None, [3, 3], [2, 2], [1, 1], [1, 1], "relu", False)
+    got = stem.stem_conv2d._init_fn(x, packed, None, [3, 3], [2, 2], [1, 1], [1, 1], "relu", False, False)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), None, 2, 1).relu()
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 

@@ -65,8 +65,10 @@ def test_layer_on_a_cpu_and_its_registration():
     conv = nn.Conv2d(3, 8, 3, padding="same", bias=False)
     layer, x = StemConv2d.from_dense(conv, "relu"), torch.randn(2, 3, 7, 7)
     assert relative_error(layer(x), torch.relu(conv(x))) < tolerance(torch.float32)
+    layer.max_pool = True
+    assert relative_error(layer(x), F.max_pool2d(torch.relu(conv(x)), 2)) < tolerance(torch.float32)
     assert torch.equal(unpack_stem(layer.weight, 3, (3, 3)), conv.weight)
-    arguments = (x, layer.weight, None, [3, 3], [1, 1], [1, 1], [1, 1], "relu", False)
+    arguments = (x, layer.weight, None, [3, 3], [1, 1], [1, 1], [1, 1], "relu", True, False)
     results = torch.library.opcheck(stem_conv2d, arguments, test_utils=("test_schema", "test_faketensor"))
     assert set(results.values()) == {"SUCCESS"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,16 @@ Permutations = tuple[Tensor | None, Tensor | None]
 
 
 class FusedLayer(nn.Module):
-    """A layer whose epilogue applies ``activation``: "none", "relu", "relu6", "silu" or "gelu"."""
+    """A layer with an epilogue.
 
+    Attributes:
+        activation: "none", "relu", "relu6", "silu" or "gelu".
+        max_pool: 2x2 max-pooling of the result; only where the class ``pools``.
+    """
+
+    pools: ClassVar[bool] = False
     activation: str
+    max_pool: bool = False
 
 
 class BlockSparseLayer(FusedLayer):

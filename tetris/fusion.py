@@ -13,7 +13,6 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tetris.block_sparse_layer import BlockSparseLayer, FusedLayer
-from tetris.layers import BlockSparseConv2d
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.GELU: "gelu"}
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -93,8 +92,8 @@ def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
         if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
             _fuse_addition(traced, node, block_sparse, fused)
         elif _is_max_pool(node, modules):
-            layer, source = block_sparse(node.args[0]), node.args[0]
-            if isinstance(layer, BlockSparseConv2d) and not layer.max_pool and feeds_only(source, node):
+            layer, source = fused_layer(node.args[0]), node.args[0]
+            if layer is not None and layer.pools and not layer.max_pool and feeds_only(source, node):
                 layer.max_pool = True
                 fused.setdefault(str(source.target), []).append("2x2 max-pool")
                 node.replace_all_uses_with(source)
@@ -102,7 +101,7 @@ def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
                 traced.graph.erase_node(node)
         elif (activation := _activation(node, modules)) is not None:
             target, source = fused_layer(node.args[0]), node.args[0]
-            if target is not None and target.activation == "none" and not _pools(target) and feeds_only(source, node):
+            if target is not None and target.activation == "none" and not target.max_pool and feeds_only(source, node):
                 target.activation = activation
                 fused.setdefault(str(source.target), []).append(activation)
                 node.replace_all_uses_with(source)
@@ -119,10 +118,6 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op in ("call_function", "call_method") and node.kwargs.get("approximate", "none") == "none":
         return ACTIVATION_FUNCTIONS.get(node.target)
     return None
-
-
-def _pools(layer: FusedLayer) -> bool:
-    return isinstance(layer, BlockSparseConv2d) and layer.max_pool
 
 
 def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -156,7 +151,7 @@ def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable
         if (
             layer is None
             or layer.activation != "none"
-            or _pools(layer)
+            or layer.max_pool
             or source.kwargs
             or not feeds_only(source, node)
             or not fits

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris import ops
@@ -123,6 +122,8 @@ class BlockSparseConv2d(BlockSparseLayer):
     With ``max_pool`` the result is 2x2 max-pooled, in the kernel's registers where it can.
     """
 
+    pools = True
+
     def __init__(
         self,
         in_channels: int,
@@ -198,11 +199,10 @@ class BlockSparseConv2d(BlockSparseLayer):
         self._check_input(x, 1, 4, "BlockSparseConv2d")
         ops.check_dtypes("BlockSparseConv2d", x, self.values)
         if self._use_prepared(x):
-            y = cpu_conv2d.run(
+            return cpu_conv2d.run(
                 self.prepared(x), x, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
-                activation=self.activation, residual=residual,
+                activation=self.activation, residual=residual, max_pool=self.max_pool,
             )  # fmt: skip
-            return F.max_pool2d(y, 2) if self.max_pool else y
         return self._run(x, residual, 1)
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:

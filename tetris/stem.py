@@ -17,10 +17,10 @@ from tetris.block_sparse_layer import FusedLayer
 from tetris.dispatch import device_info
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import StemConfig, conv2d_output_size
+from tetris.kernels.cpu.epilogue import finish_
 from tetris.layers import pair, supported_padding
 from tetris.ops import check_dtypes
 from tetris.packing import pack_stem, unpack_stem
-from tetris.reference import activate
 
 MOST_CHANNELS = 8
 """Input channels up to which all taps together are a short reduction."""
@@ -36,40 +36,44 @@ def stem_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    max_pool: bool,
     allow_tf32: bool,
 ) -> Tensor:
-    """activation(conv2d(x, W) + bias), x [N, C_IN, H, W], for a dense weight [C_OUT, KH * KW * C_IN]; see pack_stem."""
+    """pool(activation(conv2d(x, W) + bias)), x [N, C_IN, H, W], for a dense weight [C_OUT, KH * KW * C_IN]."""
     device_info(x.device)
     from tetris.kernels.stem_conv2d import stem_conv2d as launch
 
     pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-    return launch(
+    y = launch(
         x.contiguous(memory_format=torch.channels_last), weight, bias, **{k: (v[0], v[1]) for k, v in pairs.items()},
         activation=activation, allow_tf32=allow_tf32, config=StemConfig(),
     )  # fmt: skip
+    return F.max_pool2d(y, 2) if max_pool else y
 
 
 @stem_conv2d.register_kernel("cpu")
-def _stem_cpu(x, weight, bias, kernel_size, stride, padding, dilation, activation, allow_tf32):
+def _stem_cpu(x, weight, bias, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32):
     dense = unpack_stem(weight, x.shape[1], (kernel_size[0], kernel_size[1]))
-    y = activate(F.conv2d(x, dense, bias, tuple(stride), tuple(padding), tuple(dilation)), activation)
-    return y.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, dense, bias, tuple(stride), tuple(padding), tuple(dilation))
+    return finish_(y, None, activation, max_pool=max_pool).contiguous(memory_format=torch.channels_last)
 
 
 @stem_conv2d.register_fake
-def _stem_shape(x, weight, bias, kernel_size, stride, padding, dilation, activation, allow_tf32):
+def _stem_shape(x, weight, bias, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32):
     height, width = conv2d_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    height, width = (height // 2, width // 2) if max_pool else (height, width)
     return x.new_empty((x.shape[0], weight.shape[0], height, width)).to(memory_format=torch.channels_last)
 
 
 class StemConv2d(FusedLayer):
-    """y = activation(conv2d(x, W) + bias) with a dense W and at most 8 input channels; for inference.
+    """y = pool(activation(conv2d(x, W) + bias)) with a dense W and at most 8 input channels; for inference.
 
     Attributes:
         weight: [C_OUT, KH * KW * C_IN]; see :func:`tetris.packing.pack_stem`.
         bias: [C_OUT] or None.
     """
 
+    pools = True
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -83,11 +87,12 @@ class StemConv2d(FusedLayer):
         dilation: tuple[int, int] = (1, 1),
         bias: bool = True,
         activation: str = "none",
+        max_pool: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
-        self.activation = activation
+        self.activation, self.max_pool = activation, max_pool
         weight = torch.zeros(out_channels, kernel_size[0] * kernel_size[1] * in_channels)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_channels), requires_grad=False) if bias else None
@@ -123,16 +128,25 @@ class StemConv2d(FusedLayer):
         check_dtypes("StemConv2d", x, self.weight)
         return stem_conv2d(
             x, self.weight, self.bias, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
-            torch.backends.cudnn.allow_tf32,
+            self.max_pool, torch.backends.cudnn.allow_tf32,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, activation={self.activation}"
+            f"padding={self.padding}, activation={self.activation}" + (", max_pool" if self.max_pool else "")
         )
 
     def arguments(self) -> dict[str, Any]:
         """What the constructor takes, for saving."""
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "activation")
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "activation",
+            "max_pool",
+        )
         return {name: getattr(self, name) for name in names} | {"bias": self.bias is not None}

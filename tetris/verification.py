@@ -20,7 +20,6 @@ from tetris.block_sparse_layer import BlockSparseLayer, FusedLayer
 from tetris.conversion import Conversion, ConvertedLayer
 from tetris.errors import ShapeError, TetrisError, describe
 from tetris.graph import ExampleInputs, as_arguments
-from tetris.layers import BlockSparseConv2d
 from tetris.masking import bake_masks
 from tetris.permutation import apply, inverse
 from tetris.reference import activate
@@ -135,7 +134,7 @@ def _check_layer(
     if residual is not None:
         expected = expected + residual.double()
     expected = activate(expected, layer.activation)
-    if isinstance(layer, BlockSparseConv2d) and layer.max_pool:
+    if layer.max_pool:
         expected = F.max_pool2d(expected, 2)
     tf32 = torch.backends.cudnn.allow_tf32 if y.dim() == 4 else torch.backends.cuda.matmul.allow_tf32
     limit = tolerance(y.dtype, allow_tf32=y.is_cuda and tf32)

@@ -50,8 +50,9 @@ def run(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    max_pool: bool = False,
 ) -> torch.Tensor:
-    """activation(conv2d(x, W) + bias + residual) for x [N, C_IN, H, W]; bias in the order of the block rows."""
+    """pool(activation(conv2d(x, W) + bias + residual)) for x [N, C_IN, H, W]; bias in the order of the block rows."""
     image = x.permute(0, 2, 3, 1)
     pixels = image.reshape(-1, image.shape[3])  # columns of a matrix are taken 30 times as fast as an image's channels
     parts = []
@@ -60,7 +61,8 @@ def run(
         y = F.conv2d(inputs, group.weight, part_bias, stride, padding, dilation).permute(0, 2, 3, 1)
         parts.append(y.reshape(-1, y.shape[3]))
     rows = prepared.join(parts)
-    return finish_(rows.view(*y.shape[:3], -1).permute(0, 3, 1, 2), residual, activation)
+    image = rows.view(*y.shape[:3], -1).permute(0, 3, 1, 2)
+    return finish_(image, residual, activation, max_pool=max_pool)
 
 
 def block_sparse_conv2d(
