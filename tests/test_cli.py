@@ -42,7 +42,11 @@ def make_nan():
     return model
 
 def make_tiny():
-    return nn.Linear(4, 4)
+    return nn.Sequential(nn.Linear(4, 4))
+
+
+def make_bare():
+    return nn.Linear(64, 64)
 """
 
 
@@ -122,6 +126,7 @@ def test_force_replaces_and_its_absence_refuses(net: Path, tmp_path: Path, capsy
         ("make_model", ("--dtype", "int4"), "wanted one of fp32, fp16, bf16"),
         ("make_nan", (), "1 NaN or Inf"),
         ("make_tiny", ("--input", "2,4"), "no layer has 16 input and output channels"),
+        ("make_bare", ("--input", "2,64"), "got a bare Linear; wrap it in nn.Sequential"),
         ("absent", (), "has no function absent"),
     ],
 )
