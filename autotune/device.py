@@ -8,8 +8,8 @@ import re
 
 import torch
 
-from tetris.dispatch import device_info as gpu_info
 from tetris.kernels.configs import DeviceInfo
+from tetris.kernels.device import device_info as gpu_info
 
 CPU = "cpu"
 

@@ -5,22 +5,20 @@ Everything here depends on shapes and on the layout only, so a layer computes it
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tetris.errors import UnsupportedError
 from tetris.kernels.configs import (
     Conv2dConfig,
     Conv2dProblem,
-    DeviceInfo,
     LinearConfig,
     LinearProblem,
     default_linear_config,
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config
+from tetris.kernels.device import device_info
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear import supports as hopper_linear_supports
 from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, hardly_shares
@@ -32,30 +30,6 @@ class Launch:
 
     config: str = ""
     schedule: list[Tensor] = field(default_factory=list)
-
-
-@functools.cache
-def device_info(device: torch.device) -> DeviceInfo:
-    """The facts about a GPU that choose a config.
-
-    Raises:
-        UnsupportedError: Triton is not installed (it exists for Linux only).
-    """
-    try:
-        import triton
-    except ImportError as error:
-        raise UnsupportedError(
-            f"GPU kernels: wanted Triton for {device}; it is not installed on this platform; install `triton` "
-            "(Linux only) or move the model and its inputs to the CPU"
-        ) from error
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceInfo(
-        name=properties.name,
-        capability=(properties.major, properties.minor),
-        sm_count=properties.multi_processor_count,
-        triton_version=triton.__version__,
-        backend="hip" if torch.version.hip else "cuda",
-    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

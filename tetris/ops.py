@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tetris.dispatch import device_info, dtype_name
+from tetris.dispatch import dtype_name
 from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import (
     Conv2dConfig,
@@ -28,6 +28,7 @@ from tetris.kernels.configs import (
     default_linear_config,
 )
 from tetris.kernels.conv2d_paths import conv2d_launcher
+from tetris.kernels.device import device_info
 from tetris.kernels.linear_paths import linear_launcher
 from tetris.reference import dense_weight, finish
 

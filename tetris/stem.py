@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris.block_sparse_layer import FusedLayer
-from tetris.dispatch import device_info
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import StemConfig, conv2d_output_size
 from tetris.kernels.cpu.epilogue import finish_
+from tetris.kernels.device import device_info
 from tetris.layers import pair, supported_padding
 from tetris.ops import check_dtypes
 from tetris.packing import pack_stem, unpack_stem

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tetris.errors import ShapeError, UnsupportedError, describe
-from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
+from tetris.kernels.device import device_info
 from tetris.kernels.hopper.geometry import WGMMA_ROWS, ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.kernels.hopper.pairing import pair_block_rows
@@ -164,15 +165,6 @@ def launch_arguments(
         "num_warps": 4,
     }
     return [*descriptors(x, values, y, residual, tile, max_pool), *tensors, rows, h, w, y.shape[1]], flags | options
-
-
-def device_info(device: torch.device) -> DeviceInfo:
-    """The facts about a CUDA device that :func:`supports` asks for."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    return DeviceInfo(properties.name, capability, properties.multi_processor_count, triton.__version__)
 
 
 def descriptors(
