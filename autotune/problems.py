@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,3 @@ def size_bytes(problem: Problem) -> float:
     pixels_in, pixels_out = problem.height * problem.width, height * width
     activations = problem.batch * (pixels_in * problem.c_in + pixels_out * problem.c_out)
     return float(item * (activations + kept * problem.taps))
-
-
-def shape_label(shape: Sequence[int]) -> str:
-    """ "128x512x28x28"."""
-    return "x".join(map(str, shape))

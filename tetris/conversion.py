@@ -108,13 +108,13 @@ def convert(
     Raises:
         TetrisError: nothing in the model is pruned by blocks.
     """
-    found = {n: r for n, r in reorderings(model).items() if r.block_mask is not None}
+    masked = reorderings(model)
+    found = {n: r for n, r in masked.items() if r.block_mask is not None}
     if not found and plan is None:
         raise TetrisError(
             "convert: wanted a model with layers pruned by blocks; got none; "
             "call tetris.prune(model, sparsity=...) first"
         )
-    masked = set(reorderings(model))
     model = copy.deepcopy(model).eval().requires_grad_(False)
     chosen_dense = set(match(dict.fromkeys(dense, True), list(masked), "dense")) if dense else set()
     chosen_dense |= {n for n in found if plan is not None and n in plan and plan[n].block is None}
@@ -129,7 +129,7 @@ def convert(
     bake_masks(model)
     converter = _Converter(model, graph, sparse, configs, fuse)
     converted = converter.run()
-    for name in masked - set(sparse):
+    for name in masked.keys() - sparse.keys():
         converter.layers[name].reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
     return converted.eval()
 
@@ -203,7 +203,7 @@ class _Converter:
         """A dense convolution of few channels is bound by its output: it gets a kernel with a fused epilogue."""
         module = self.target.get_submodule(name)
         if self.fuse and isinstance(module, nn.Conv2d) and StemConv2d.supports(module):
-            _set_submodule(self.target, name, StemConv2d.from_dense(module))
+            self.target.set_submodule(name, StemConv2d.from_dense(module))
 
     def replace(
         self, name: str, reordering: Reordering, gather: torch.Tensor | None, scatter: torch.Tensor | None
@@ -221,17 +221,12 @@ class _Converter:
                 layer = BlockSparseLinear.from_dense(module, reordering, **options)
         except UnsupportedError as error:
             raise UnsupportedError(f"convert: {name}: {error}; pass dense=[{name!r}]") from error
-        _set_submodule(self.target, name, layer)
+        self.target.set_submodule(name, layer)
         moved = [
             w for w, p in (("input", layer.input_permutation), ("output", layer.output_permutation)) if p is not None
         ]
         record.kind, record.block, record.permutes = "block-sparse", layer.block, ", ".join(moved)
         record.kept_fraction = layer.kept_fraction
-
-
-def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
 
 
 def _permute_parameters(module: nn.Module, order: torch.Tensor) -> None:

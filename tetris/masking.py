@@ -19,10 +19,9 @@ from tetris.errors import TetrisError, UnsupportedError, describe
 from tetris.graph import ExampleInputs, ModelGraph, channel_groups
 from tetris.importance import Importance, channel_importance, importance_of
 from tetris.joint_reordering import JointProblem, JointReordering, reorder_jointly
-from tetris.layout import block_row_of, grid_shape
 from tetris.permutation import apply, expand, identity, inverse
 from tetris.plans import ModelPlan
-from tetris.pruning import PruningMethod, expand_block_mask
+from tetris.pruning import PruningMethod, block_sums, expand_block_mask
 from tetris.reordering import Reordering, reorder
 from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
 
@@ -65,11 +64,8 @@ class MaskedWeight(nn.Module):
         permutations = {0: self.row_permutation.cpu(), 1: self.column_permutation.cpu()}
         block_mask = None
         if self.block is not None:
-            ordered = apply(self.mask.flatten(2)[:, :, 0] if self.mask.dim() > 2 else self.mask, permutations).cpu()
-            rows, columns = grid_shape((shape[0], shape[1]), self.block)
-            block_mask = torch.zeros(rows, columns, dtype=torch.bool)
-            out, inner = ordered.nonzero().unbind(1)
-            block_mask[block_row_of(shape[0], self.block[0])[out], block_row_of(shape[1], self.block[1])[inner]] = True
+            pairs = self.mask.flatten(2)[:, :, 0] if self.mask.dim() > 2 else self.mask
+            block_mask = block_sums(apply(pairs, permutations).float(), self.block).cpu() > 0
         return Reordering(
             shape=shape, block=self.block or (1, 1), sparsity=self.sparsity, method=self.method,
             permutations=permutations, block_mask=block_mask, keep_mask=self.mask.expand(shape),

@@ -39,11 +39,12 @@ def save(model: nn.Module, path: str | Path) -> Path:
         raise TetrisError(
             f"save: wanted a model from tetris.convert; got {type(model).__name__}; torch.save saves any other"
         )
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    # Shared and overlapping tensors would be refused; a copy each is what a state dict means.
+    tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     for layer in record.layers.values():
         for side in ("input_order", "output_order"):
             if (order := getattr(layer, side)) is not None:
-                tensors[f"{layer.name}.{side}"] = order
+                tensors[f"{layer.name}.{side}"] = order.clone()
     header: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -62,9 +63,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         header["graph"] = [node_to_json(node) for node in model.graph.nodes]
     from safetensors.torch import save_file
 
-    # Shared and overlapping tensors would be refused; a clone each is what a state dict means.
     with atomic_file(path) as temporary:
-        save_file({n: t.clone() for n, t in tensors.items()}, temporary, metadata={"tetris": json.dumps(header)})
+        save_file(tensors, temporary, metadata={"tetris": json.dumps(header)})
     return Path(path)
 
 

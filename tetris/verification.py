@@ -80,7 +80,7 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
         of layers, as independent roundings do, or is twice the masked model's own rounding error if that is larger.
     Raises:
         TetrisError: ``fast`` is no converted model; outputs that differ in structure.
-    Cost: one forward pass of each model and one of the masked model in float64.
+    Cost: a copy of the masked model, one forward pass of each model and one of the masked one in float64.
     """
     record = getattr(fast, "conversion", None)
     if not isinstance(record, Conversion):
@@ -88,7 +88,7 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
             f"verify: wanted a model from tetris.convert; got {type(fast).__name__} without a conversion record"
         )
     args, kwargs = as_arguments(example_inputs)
-    reference_model = bake_masks(copy.deepcopy(pruned)).eval().double()
+    masked = bake_masks(copy.deepcopy(pruned)).eval()
     captured: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
     handles = [
         module.register_forward_hook(_capture(name, captured), with_kwargs=True)
@@ -102,12 +102,13 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
         for handle in handles:
             handle.remove()
     with torch.no_grad():
+        own = masked(*args, **kwargs)
+        reference_model = masked.double()
         layers = [
             _check_layer(reference_model, fast.get_submodule(name), record.layers[name], *captured[name])  # type: ignore[arg-type]
             for name in captured
         ]
         reference = reference_model(*_to_double(args), **_to_double(kwargs))
-        own = _evaluated(pruned, args, kwargs)
     return Verification(layers, _check_outputs(y, reference, own, len(record.layers)))
 
 
@@ -159,11 +160,6 @@ def _check_outputs(y: Any, reference: Any, own: Any, depth: int) -> list[Check]:
             Check("network" if len(tensors) == 1 else f"network output {i}", relative_error(a, b), limit, "end to end")
         )
     return checks
-
-
-def _evaluated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The masked model's own outputs in evaluation mode; its modes are put back."""
-    return copy.deepcopy(model).eval()(*args, **kwargs)
 
 
 def _tensors(value: Any) -> list[Tensor]:
