@@ -17,8 +17,10 @@ from torch import nn
 from tetris.autotune.decide import allocate, choose_block
 from tetris.autotune.device import device_name, versions
 from tetris.autotune.measure import Epilogue, LayerTimer
+from tetris.autotune.never_slower import never_slower
 from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.autotune.store import TuningStore
+from tetris.autotune.whole_network import WholeNetwork, best_way
 from tetris.conversion import convert
 from tetris.errors import TetrisError, describe
 from tetris.graph import ExampleInputs
@@ -51,6 +53,7 @@ def plan(
     repeats: int = 15,
     seconds_per_layer: float = 2.0,
     seed: int = 0,
+    whole: str | None = "auto",
     progress: Progress | None = None,
 ) -> ModelPlan:
     """Decide block and sparsity of every layer from measurements.
@@ -75,12 +78,17 @@ def plan(
         store: tuned kernel configurations to measure with; None = the user's and the package's.
         repeats, seconds_per_layer: timed runs of every candidate, fewer once a layer has taken that long.
         seed: of the reordering and the random inputs.
+        whole: how to run the whole network, dense and converted, for the last check: "eager", "graph" (CUDA graph),
+            "compile" (with a CUDA graph on a GPU), "auto" (compile on a GPU, else eager) or None to leave it out.
+            While the converted network is slower, the layers that gain least go back to dense, and the plan says so.
         progress: called as ``progress(layer, layers done, layers in all)``.
     Returns:
-        a ModelPlan; ``print`` it. A layer on which no block beats the dense one by 2 % stays dense.
+        a ModelPlan; ``print`` it. A layer on which no block beats the dense one by 2 % stays dense, and the converted
+        network as a whole is not slower than the dense one, see :func:`tetris.autotune.never_slower.never_slower`.
     Raises:
         TetrisError: a pruned model, "auto" without a budget, a target that nothing measured reaches.
-    Cost: (candidates + 1) x (repeats + 3) runs of every layer, compilation, and one reordering a block and layer.
+    Cost: (candidates + 1) x (repeats + 3) runs of every layer, compilation, and one reordering a block and layer; then
+        compiling and timing the whole network once, more often where it is slower than the dense one.
     """
     if masked_layers(model):
         raise TetrisError("plan: wanted a dense model; this one is pruned already; plan the original")
@@ -111,7 +119,11 @@ def plan(
         budget = f"target {target_speedup}x" if target_speedup else f"at most {max_importance_loss:.1%} lost"
     else:
         plans = [_at_critical_point(layer, rates[layer.name][0]) if layer.candidates else layer for layer in plans]
-    return ModelPlan(tuple(plans), device_name(where), versions(), dtype_name(first.dtype), method, budget)
+    decided = ModelPlan(tuple(plans), device_name(where), versions(), dtype_name(first.dtype), method, budget)
+    if whole is None or where != first.device:
+        return decided
+    how = best_way(where) if whole == "auto" else whole
+    return never_slower(decided, WholeNetwork(model, example_inputs, how, method, repeats, seed))
 
 
 def _sparsities(

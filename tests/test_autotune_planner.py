@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tetris
-from tetris.autotune import measure
+from tests.support.fake_gpu import clock
+from tetris.autotune import measure, whole_network
 from tetris.autotune.measure import Epilogue, LayerTimer, ReorderedBlocks
 from tetris.autotune.plan_picture import block_speedup, plot_plan
 from tetris.autotune.planner import fused_epilogues, plan
@@ -15,7 +16,8 @@ from tetris.autotune.problems import LayerInput, capture_inputs, flop, problem_o
 from tetris.autotune.timer import Timing
 from tetris.errors import TetrisError
 from tetris.kernels.configs import Conv2dProblem, LinearProblem
-from tetris.plans import ModelPlan
+from tetris.models import resnet18
+from tetris.plans import EndToEnd, ModelPlan
 from tetris.reordering import reorder
 
 
@@ -58,6 +60,8 @@ def recorded_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(measure, "time_us", times)
+    whole = {"dense": 1000.0, "dense as given": 1100.0, "converted": 500.0}
+    monkeypatch.setattr(whole_network, "time_us", clock(whole))
 
 
 def test_plans_every_layer_and_says_why(net: Net, recorded_clock: None) -> None:
@@ -88,6 +92,42 @@ def test_auto_meets_the_target(net: Net, recorded_clock: None) -> None:
     assert {len({c.sparsity for c in layer.candidates}) for layer in found if layer.candidates} == {6}
     easier = plan(net, X, "auto", blocks=(16, 32), target_speedup=1.1)
     assert easier.retained > found.retained
+
+
+def test_the_whole_network_is_measured_last(net: Net, recorded_clock: None) -> None:
+    found = plan(net, X, 0.75, blocks=(16, 32))
+    assert found.end_to_end == EndToEnd("eager", 999.0, 499.0) and "whole network (eager)" in str(found)
+    assert plan(net, X, 0.75, blocks=(16, 32), whole=None).end_to_end is None
+    with pytest.raises(TetrisError, match="eager, graph, compile; got 'quickly'"):
+        plan(net, X, 0.75, blocks=(16,), whole="quickly")
+
+
+def test_a_network_that_is_slower_as_a_whole_goes_back_to_dense(
+    net: Net, recorded_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_network, "time_us", clock({"dense": 100.0, "converted": 200.0}))
+    found = plan(net, X, 0.75, blocks=(16, 32))
+    assert found.blocks == {} and "every layer dense" in str(found)
+    assert all(layer.chosen is layer.dense for layer in found)
+
+
+def test_the_baseline_has_its_batch_norms_folded() -> None:
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4, width=8).eval()
+    x = torch.randn(1, 3, 32, 32)
+    folded = whole_network.dense_baseline(model, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    assert folded.conv1.weight.is_contiguous(memory_format=torch.channels_last) and model.conv1.weight.is_contiguous()
+
+
+def test_a_model_that_cannot_be_traced_is_its_own_baseline() -> None:
+    class Branching(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model = Branching()
+    assert type(whole_network.dense_baseline(model, X)) is Branching
 
 
 def test_loss_budget_is_kept(net: Net, recorded_clock: None) -> None:

@@ -104,6 +104,9 @@ def plan(
     target_speedup: Annotated[float | None, typer.Option(help="Reach this at the least lost importance.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Fraction of the importance that may go.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw every layer's speedup per block: .png, .svg.")] = None,
+    whole: Annotated[
+        str, typer.Option(help="Run the whole network at the end: eager, graph, compile, auto or none.")
+    ] = "auto",
     weights: Weights = None,
     input_shape: InputShape = None,
     device: Device = None,
@@ -121,6 +124,7 @@ def plan(
         "target_speedup": target_speedup,
         "max_importance_loss": max_loss,
         "seed": seed,
+        "whole": None if whole == "none" else whole,
     }
     user = _user_model(target, weights, input_shape, device, dtype, seed)
     plan_user_model(user, out, options, Console(), overwrite=force, picture=plot)

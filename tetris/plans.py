@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,31 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class EndToEnd:
+    """The whole network, dense against converted, both run the same way in one interleaved measurement.
+
+    Attributes:
+        how: "eager", "graph" (CUDA graph) or "compile" (torch.compile and, on a GPU, a CUDA graph).
+        dense_us, converted_us: medians in microseconds.
+        note: what was given up so that the network is not slower; "" where the layers' choices stood.
+    """
+
+    how: str
+    dense_us: float
+    converted_us: float
+    note: str = ""
+
+    @property
+    def speedup(self) -> float:
+        """Dense time / converted time."""
+        return self.dense_us / self.converted_us
+
+    def __str__(self) -> str:
+        times = f"dense {self.dense_us:.1f} -> converted {self.converted_us:.1f} us, {self.speedup:.2f}x"
+        return f"whole network ({self.how}): {times}" + (f"; {self.note}" if self.note else "")
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """Decisions for a model's prunable layers, in the order of execution, and where they were measured.
 
@@ -128,6 +153,7 @@ class ModelPlan:
         device, versions, dtype: where and how the times were taken.
         method: the reordering that made the measured layouts.
         budget: what was asked for, in words.
+        end_to_end: the network as a whole; None where it was not measured.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -136,6 +162,7 @@ class ModelPlan:
     dtype: str = ""
     method: str = "paper"
     budget: str = ""
+    end_to_end: EndToEnd | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -214,6 +241,8 @@ class ModelPlan:
             )
         layers = _list_of(data.get("layers"), f"{source}: layers")
         rest = _known(data, ModelPlan, source, ignore=("format", "version", "layers"))
+        if (whole := rest.get("end_to_end")) is not None:
+            rest["end_to_end"] = EndToEnd(**_complete(whole, EndToEnd, f"{source}: end_to_end"))
         return ModelPlan(tuple(_layer(entry, f"{source}: layer {i}") for i, entry in enumerate(layers)), **rest)
 
     def save(self, path: str | Path) -> Path:
@@ -265,7 +294,8 @@ def plan_table(plan: ModelPlan, style: str = "simple") -> str:
         summary += f"; prunable layers {plan.dense_us:.1f} -> {plan.planned_us:.1f} us, {plan.speedup:.2f}x"
     where = ", ".join(filter(None, [plan.device, plan.dtype, plan.versions, plan.budget]))
     table = tabulate(lines, headers=head, tablefmt=style, disable_numparse=True)
-    return f"{table}\n{summary}; importance retained {plan.retained:.3f}\n{where}"
+    whole = [str(plan.end_to_end)] if plan.end_to_end else []
+    return "\n".join([table, f"{summary}; importance retained {plan.retained:.3f}", *whole, where])
 
 
 def _speedup_cell(layer: LayerPlan, block: Block) -> str:
@@ -298,6 +328,15 @@ def _known(data: Any, kind: type, source: str, ignore: tuple[str, ...] = ()) -> 
     return found
 
 
+def _complete(data: Any, kind: type, source: str) -> dict[str, Any]:
+    """As :func:`_known`; the fields without a default must be there."""
+    found = _known(data, kind, source)
+    missing = {f.name for f in fields(kind) if f.default is MISSING} - set(found)
+    if missing:
+        raise FileFormatError(f"{source}: the fields {sorted(missing)} are missing")
+    return found
+
+
 def _list_of(value: Any, source: str) -> list[Any]:
     if not isinstance(value, list):
         raise FileFormatError(f"{source}: wanted a list; got {value!r}")
@@ -320,10 +359,7 @@ def _block(value: Any, source: str) -> Block | None:
 
 
 def _layer(data: Any, source: str) -> LayerPlan:
-    found = _known(data, LayerPlan, source)
-    missing = {"name", "kind", "shape"} - set(found)
-    if missing:
-        raise FileFormatError(f"{source}: the fields {sorted(missing)} are missing")
+    found = _complete(data, LayerPlan, source)
     source = f"{source} ({found['name']})"
     if found["kind"] not in KINDS:
         raise FileFormatError(f"{source}: kind wants one of {', '.join(KINDS)}; got {found['kind']!r}")
@@ -339,8 +375,5 @@ def _layer(data: Any, source: str) -> LayerPlan:
 
 
 def _candidate(data: Any, source: str) -> Candidate:
-    found = _known(data, Candidate, source)
-    missing = {"block", "sparsity", "kept_fraction", "retained", "time_us"} - set(found)
-    if missing:
-        raise FileFormatError(f"{source}: the fields {sorted(missing)} are missing")
+    found = _complete(data, Candidate, source)
     return Candidate(**{**found, "block": _block(found["block"], f"{source}: block")})
