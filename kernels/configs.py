@@ -87,7 +87,10 @@ class Conv2dProblem:
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """Shape of one block-sparse linear layer; ``tokens`` counts the rows of x."""
+    """Shape of one block-sparse linear layer; ``tokens`` counts the rows of x.
+
+    ``weight_dtype`` names the dtype of quantised weights, "int8" or "float8_e4m3fn"; "" = they have x's dtype.
+    """
 
     tokens: int
     in_features: int
@@ -95,10 +98,16 @@ class LinearProblem:
     block: tuple[int, int]
     dtype: str
     n_blocks: int
+    weight_dtype: str = ""
 
     @property
     def block_rows(self) -> int:
         return ceil_div(self.out_features, self.block[0])
+
+    def step_bytes(self, tokens: int, outputs: int, inputs: int) -> int:
+        """Shared memory of one step's tiles: ``tokens`` x ``inputs`` of x, ``outputs`` x ``inputs`` weights."""
+        item = ITEM_SIZE[self.dtype]
+        return (tokens * item + outputs * (1 if self.weight_dtype else item)) * inputs
 
 
 @dataclass(frozen=True)
@@ -334,5 +343,5 @@ def default_linear_config(problem: LinearProblem, device: DeviceInfo) -> LinearC
         descriptors=descriptors,
         precision=device.fp32_precision,
         num_warps=_warps(tile_out * tile, descriptors),
-        num_stages=_stages((tile + tile_out) * tile_k * item, descriptors, device),
+        num_stages=_stages(problem.step_bytes(tile, tile_out, tile_k), descriptors, device),
     )

@@ -36,6 +36,14 @@ def activate(acc, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def scale_rows(acc, scales_ptr, offs_o, mask_o):
+    """acc[out, pixel] * scales[out], for quantised weights; no scales is ``None``."""
+    if scales_ptr is not None:
+        acc *= tl.load(scales_ptr + offs_o, mask=mask_o, other=0.0)[:, None]
+    return acc
+
+
+@triton.jit
 def add_bias(acc, bias_ptr, offs_o, mask_o):
     """acc[out, pixel] + bias[out]; no bias is ``None``."""
     if bias_ptr is not None:

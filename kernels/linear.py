@@ -12,7 +12,7 @@ import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig, is_power_of_two_tile, next_power_of_two
 from tetris.kernels.descriptors import describable, describe
-from tetris.kernels.epilogue import activate, add_bias, program_tile, store_rows
+from tetris.kernels.epilogue import activate, add_bias, program_tile, scale_rows, store_rows
 from tetris.kernels.permute import permute_channels
 from tetris.layout import ceil_div
 
@@ -23,6 +23,7 @@ def linear_descriptor_kernel(
     w_desc,  # [n_blocks * BLOCK_OUT, BLOCK_IN], boxes [TILE_OUT, TILE_K]
     y_desc,  # [M, N], boxes [TILE_M, TILE_OUT]; None = by pointer
     y_ptr,
+    scales_ptr,
     bias_ptr,
     residual_ptr,
     indptr,
@@ -58,12 +59,12 @@ def linear_descriptor_kernel(
         k = (step % SPLIT_K) * TILE_K
         x = x_desc.load([m0, tl.load(indices + block) * BLOCK_IN + k])  # [TILE_M, TILE_K]
         w = w_desc.load([block * BLOCK_OUT + (out_tile % SPLIT_OUT) * TILE_OUT, k])  # [TILE_OUT, TILE_K]
-        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+        acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION)
 
     o0 = out_tile * TILE_OUT
     offs_o = o0 + tl.arange(0, TILE_OUT)
     mask_o = offs_o < N
-    acc = add_bias(acc, bias_ptr, offs_o, mask_o)
+    acc = add_bias(scale_rows(acc, scales_ptr, offs_o, mask_o), bias_ptr, offs_o, mask_o)
     if y_desc is not None:
         y_desc.store([m0, o0], activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty).T)
     else:
@@ -76,6 +77,7 @@ def linear_pointer_kernel(
     x_ptr,  # [M, K], rows stride_xm apart
     w_ptr,  # [n_blocks, BLOCK_OUT, BLOCK_IN]
     y_ptr,  # [M, N]
+    scales_ptr,
     bias_ptr,
     residual_ptr,
     indptr,
@@ -141,11 +143,11 @@ def linear_pointer_kernel(
         mask_x = mask_k[:, None] & mask_m[None, :]
         x = tl.load(x_row_ptr[None, :] + channel[:, None], mask=mask_x, other=0.0)  # [TILE_K, TILE_M]
         w = tl.load(w_row_ptr[:, None] + w_offsets[None, :], mask=mask_w, other=0.0)  # [TILE_OUT, TILE_K]
-        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
 
     offs_o = row * BLOCK_OUT + row_o
     mask_o = mask_row & (offs_o < N)
-    acc = add_bias(acc, bias_ptr, offs_o, mask_o)
+    acc = add_bias(scale_rows(acc, scales_ptr, offs_o, mask_o), bias_ptr, offs_o, mask_o)
     store_rows(acc, y_ptr, residual_ptr, output_permutation_ptr, offs_m, mask_m, offs_o, mask_o, N, ACTIVATION)
 
 
@@ -162,13 +164,14 @@ def block_sparse_linear(
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
     allow_tf32: bool = False,
+    scales: torch.Tensor | None = None,
     config: LinearConfig,
 ) -> torch.Tensor:
     """Launch the linear layer; the caller has checked shapes, dtypes and devices.
 
     Args:
         x: [..., K]; fp16, bf16 or fp32.
-        values: packed blocks [n_blocks, BLOCK_OUT, BLOCK_IN] of x's dtype, contiguous.
+        values: packed blocks [n_blocks, BLOCK_OUT, BLOCK_IN] of x's dtype, or quantised; contiguous.
         indptr, indices: the layout; every block row holds at least one block.
         bias: [out_features] in the order of the block rows, fp32 or x's dtype.
         out_features: features of the output, without padding.
@@ -177,6 +180,7 @@ def block_sparse_linear(
         input_permutation: int [K]; computes from x[..., input_permutation].
         output_permutation: int [out_features]; computed feature j is stored at output_permutation[j].
         allow_tf32: round fp32 products to tf32.
+        scales: fp32 [out_features] in the order of the block rows, of quantised values; the sums are multiplied by it.
         config: tile sizes; descriptors are used where it asks for them and the operands allow them.
     Returns:
         [..., out_features], contiguous, x's dtype.
@@ -227,6 +231,7 @@ def block_sparse_linear(
             describe(values.view(-1, block_in), [tile_out, tile_k]),
             describe(y, [config.tile_tokens, tile_out]) if store_box else None,
             y,
+            scales,
             bias,
             residual,
             indptr,
@@ -245,6 +250,7 @@ def block_sparse_linear(
         rows,
         values,
         y,
+        scales,
         bias,
         residual,
         indptr,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig, next_power_of_two
-from tetris.kernels.epilogue import activate
+from tetris.kernels.epilogue import activate, add_bias, scale_rows
 from tetris.layout import ceil_div
 
 
@@ -23,6 +23,7 @@ def linear_decode_kernel(
     x_ptr,  # [M, K], rows stride_xm apart
     w_ptr,  # [n_blocks, BLOCK_OUT, BLOCK_IN]
     y_ptr,  # [M, N]
+    scales_ptr,
     bias_ptr,
     residual_ptr,
     indptr,
@@ -77,7 +78,7 @@ def linear_decode_kernel(
         else:
             x_offsets = offs_m[:, None] * stride_xm + channel[None, :]
             x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [TILE_M, TILE_K]
-            acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+            acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION)
     if TILE_M == 1:
         sums = tl.sum(acc, 1)[:, None]
     else:
@@ -85,8 +86,7 @@ def linear_decode_kernel(
 
     offs_o = row * BLOCK_OUT + row_o
     mask_o = (row_o < BLOCK_OUT) & (offs_o < N)
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[:, None]
+    sums = add_bias(scale_rows(sums, scales_ptr, offs_o, mask_o), bias_ptr, offs_o, mask_o)
     stored_o = offs_o
     if output_permutation_ptr is not None:
         stored_o = tl.load(output_permutation_ptr + offs_o, mask=mask_o, other=0)
@@ -110,6 +110,7 @@ def block_sparse_linear(
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
     allow_tf32: bool = False,
+    scales: torch.Tensor | None = None,
     config: LinearConfig,
 ) -> torch.Tensor:
     """As :func:`tetris.kernels.linear.block_sparse_linear`, for at most 16 tokens.
@@ -134,6 +135,7 @@ def block_sparse_linear(
         rows,
         values,
         y,
+        scales,
         bias,
         None if residual is None else residual.reshape(tokens, out_features).contiguous(),
         indptr,

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 
 from tetris.kernels.configs import (
-    ITEM_SIZE,
     DeviceInfo,
     LinearConfig,
     LinearProblem,
@@ -35,6 +34,13 @@ reads as much and takes shorter tasks (H200, random layouts, 64 x 64: 10 % kept,
 .91: 93 against 105; but 27 %, .76: 166 against 145, and reordered 10 %, .53: 217 against 164)."""
 
 
+def refuses_weights(weight_dtype: str, device: DeviceInfo) -> str | None:
+    """Why weights of that dtype ("" = the activations') cannot be multiplied on this device; None = they can."""
+    if weight_dtype == "float8_e4m3fn" and (device.backend != "cuda" or device.capability < (8, 9)):
+        return f"needs an NVIDIA GPU of compute capability 8.9 or newer; {device.name} has {device.capability}"
+    return None
+
+
 def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     """For a few tokens: enough loads in flight on every multiprocessor.
 
@@ -48,8 +54,7 @@ def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
             kernel="decode", tile_tokens=1, tile_out=min(out, 16), tile_k=max(k, 256), num_warps=4, num_stages=1
         )
     tile_out, tile_k = min(out, 64), max(k, 128)
-    step_bytes = (tile_out + DECODE_TOKENS) * tile_k * ITEM_SIZE[problem.dtype]
-    stages = max(1, min(5, (device.shared_bytes - 4096) // step_bytes))
+    stages = max(1, min(5, (device.shared_bytes - 4096) // problem.step_bytes(DECODE_TOKENS, tile_out, tile_k)))
     return LinearConfig(
         kernel="decode", tile_tokens=DECODE_TOKENS, tile_out=tile_out, tile_k=tile_k, num_warps=4, num_stages=stages
     )
@@ -75,8 +80,8 @@ def medium_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     if not config.descriptors or device.capability != (9, 0):
         return config
     tile = max(config.tile_tokens, min(64, next_power_of_two(problem.tokens, 16)))
-    step_bytes = (tile + config.tile_out) * config.tile_k * ITEM_SIZE[problem.dtype]
-    return replace(config, tile_tokens=tile, num_stages=max(2, min(10, (device.shared_bytes - 4096) // step_bytes)))
+    stages = (device.shared_bytes - 4096) // problem.step_bytes(tile, config.tile_out, config.tile_k)
+    return replace(config, tile_tokens=tile, num_stages=max(2, min(10, stages)))
 
 
 def choose_linear_config(problem: LinearProblem, device: DeviceInfo, *, permuted: bool = False) -> LinearConfig:

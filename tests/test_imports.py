@@ -26,6 +26,7 @@ LAYERS: dict[str, int] = {
     "importance": 1,
     "pruning": 1,
     "packing": 1,
+    "quantization": 1,
     "reference": 1,
     "algorithm1": 1,
     "models": 1,

@@ -109,12 +109,17 @@ def block_sparse_linear(
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
     allow_tf32: bool = False,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """activation(x W^T + bias + residual) in float64, W the dense reordered weight; see ``tetris.kernels``."""
+    """activation(x W^T + bias + residual) in float64, W the dense reordered weight; see ``tetris.kernels``.
+
+    ``scales`` [out_features]: of quantised values; row o of W is scales[o] times what is stored.
+    """
     x = x.double()
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation.long())
     weight = dense_weight(values.double(), indptr, indices, (out_features, x.shape[-1]))
+    weight = weight if scales is None else weight * scales.double()[:, None]
     return finish(F.linear(x, weight), bias, activation, residual, output_permutation, dim=-1)
 
 

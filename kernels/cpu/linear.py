@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tetris.kernels.cpu.epilogue import finish_
 from tetris.kernels.cpu.grouping import PIXELS, CostModel, Grouping, group_layout
 from tetris.layout import BlockLayout
+from tetris.quantization import dequantize
 
 CALL_US = 12.0
 
@@ -65,10 +66,11 @@ def block_sparse_linear(
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
     allow_tf32: bool = False,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Prepare and run in one call; a layer keeps the prepared operands instead. Arguments as in the GPU launcher."""
     prepared = prepare(
-        values,
+        values if scales is None else dequantize(values, scales, indptr, x.dtype),
         indptr,
         indices,
         in_features=x.shape[-1],

@@ -35,6 +35,8 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
         return f"needs Triton 3.6 or newer; found {device.triton_version}"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16; got {problem.dtype}"
+    if problem.weight_dtype:
+        return f"takes weights of x's dtype; got {problem.weight_dtype}"
     if block_out != STRIP // 2 and block_out % STRIP:
         return f"takes blocks of {STRIP // 2} or multiples of {STRIP} outputs; got {block_out}"
     if block_in < 16 or (block_in > STAGE_K and block_in % STAGE_K) or STAGE_K % min(block_in, STAGE_K):
@@ -99,7 +101,8 @@ def block_sparse_linear(
             indptr, indices, block=(block_out, block_in), tokens=tokens,
             tile_tokens=config.tile_tokens, n_programs=programs,
         )  # fmt: skip
-    pairs, entries, program_ptr, order = schedule.tensors if isinstance(schedule, LinearSchedule) else schedule
+    entries, tasks, counters = schedule.tensors if isinstance(schedule, LinearSchedule) else schedule
+    workspace = torch.empty((len(counters), 2, STRIP, config.tile_tokens), dtype=torch.float32, device=x.device)
     tile_k = min(block_in, STAGE_K)
     parts = max(1, STRIP // block_out)
     rows = STRIP // parts
@@ -110,17 +113,16 @@ def block_sparse_linear(
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
     y_desc = descriptor(y, [STRIP, rows])
-    block_sparse_linear_kernel[(len(program_ptr) - 1,)](
+    block_sparse_linear_kernel[(tasks.shape[1],)](
         descriptor(x2, [config.tile_tokens, tile_k if gather else STAGE_K]),
         descriptor(values.view(-1, block_in), [rows, tile_k]),
         y_desc,
         y_desc if residual is None else descriptor(residual.reshape(tokens, out_features).contiguous(), [STRIP, rows]),
         y if bias is None else bias,
-        pairs,
         entries,
-        program_ptr,
-        order,
-        len(pairs),
+        tasks,
+        counters,
+        workspace,
         out_features,
         TILE_M=config.tile_tokens,
         TILE_K=tile_k,
@@ -129,6 +131,7 @@ def block_sparse_linear(
         BLOCK_IN=block_in,
         STAGES=config.x_stages or ring_stages(config.tile_tokens, residual is not None),
         GATHER=gather,
+        CUT=len(counters) > 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

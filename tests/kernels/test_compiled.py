@@ -45,8 +45,10 @@ def test_registers_do_not_spill_and_shared_memory_suffices(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_use_matrix_instructions(target):
+    """All but those with one token, which are sums of products."""
     products = [(case, k) for case, kernels in report(target).items() for k in kernels if "permute" not in k["name"]]
-    assert [case for case, k in products if k["mma"] == 0 and "gather" not in k["name"]] == []
+    without = [case for case, k in products if k["mma"] == 0 and "gather" not in k["name"]]
+    assert [case for case in without if not case.endswith(" 1 tokens")] == []
 
 
 def test_hopper_multiplies_asynchronously_and_in_parallel():

@@ -24,6 +24,7 @@ from tests.support.operands import (
 from tetris.kernels.configs import DeviceInfo, default_conv2d_config, default_linear_config
 from tetris.kernels.conv2d import block_sparse_conv2d
 from tetris.kernels.linear import block_sparse_linear
+from tetris.kernels.linear_paths import choose_linear_config, linear_launcher, refuses_weights
 from tetris.kernels.permute import permute_channels
 
 EVERYTHING = ("bias", "residual", "input", "output")
@@ -49,6 +50,11 @@ LINEARS = {
     "float16 one token": (LinearCase(1024, 1024, (64, 64), (1,)), "float16"),
     "bfloat16 64x64 permuted": (LinearCase(1024, 1024, (64, 64), (512,), extras=EVERYTHING), "bfloat16"),
 }
+QUANTIZED = {
+    f"{weights} {tokens} tokens": LinearCase(1024, 1024, (64, 64), (tokens,), weight_dtype=weights)
+    for weights in ("int8", "float8_e4m3fn")
+    for tokens in (1, 16, 128, 4096)
+}
 
 
 def device_of(arch: int | str) -> DeviceInfo:
@@ -73,6 +79,14 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
         with compiling(arch) as results:
             config = default_linear_config(linear_problem(case, operands), device)
             block_sparse_linear(**operands, config=config)
+        report[f"linear {name}"] = results
+    for name, case in QUANTIZED.items():
+        if refuses_weights(case.weight_dtype, device):
+            continue
+        operands = linear_operands(case, torch.float16, cpu)
+        with compiling(arch) as results:
+            config = choose_linear_config(linear_problem(case, operands), device)
+            linear_launcher(config.kernel)(**operands, config=config)
         report[f"linear {name}"] = results
     with compiling(arch) as results:
         for channels in (100, 20000):

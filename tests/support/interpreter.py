@@ -2,6 +2,7 @@
 
 - bfloat16 values are kept as their bit patterns in uint16; casts other than to and from float32, and dot products,
   take the patterns for integers and are silently wrong. Here they go through float32.
+- float8 values are kept as bit patterns too; on their way to bfloat16 they go through float32.
 - Triton 3.6 turns one-element arrays into a loop's bounds by a way that numpy 2.4 refuses.
 """
 
@@ -56,6 +57,8 @@ def repair() -> None:
         return interpreter.TensorHandle(narrow(source.data.astype(np.float32)), tl.bfloat16)
 
     def create_fp_to_fp(self, source, target, rounding):
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.primitive_bitwidth == 8:
+            source = convert(self, source, tl.float32, rounding)
         if tl.bfloat16 in (source.dtype.scalar, target.scalar):
             return cast_impl(self, source, target)
         return convert(self, source, target, rounding)

@@ -17,15 +17,16 @@ MOAT = 256
 
 
 def moated(tensor: torch.Tensor, pitch: int = 0) -> torch.Tensor:
-    """An equal tensor inside a NaN-filled buffer.
+    """An equal tensor inside a NaN-filled buffer; int8 has no NaN and gets its largest value.
 
     Args:
-        tensor: any floating-point tensor.
+        tensor: of a floating-point dtype or int8.
         pitch: NaN elements between the rows of the last dimension; 0 keeps the tensor dense.
     """
     width = tensor.shape[-1] + pitch
     rows = tensor.numel() // max(tensor.shape[-1], 1)
-    buffer = torch.full((MOAT + rows * width + MOAT,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    fill = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    buffer = torch.full((MOAT + rows * width + MOAT,), fill, dtype=tensor.dtype, device=tensor.device)
     inside = buffer[MOAT : MOAT + rows * width].view(*tensor.shape[:-1], width)[..., : tensor.shape[-1]]
     return inside.copy_(tensor)
 

@@ -10,6 +10,7 @@ from tests.support.moats import moated, moated_image
 from tetris.kernels.configs import Conv2dProblem, LinearProblem, conv2d_output_size
 from tetris.layout import BlockLayout, grid_shape
 from tetris.packing import pack
+from tetris.quantization import quantize
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ class LinearCase:
     activation: str = "none"
     extras: tuple[str, ...] = ("bias",)
     pitch: int = 0
+    weight_dtype: str = ""
 
     def __str__(self) -> str:
         tokens = "x".join(map(str, self.tokens))
         parts = [f"{tokens}x{self.in_features}-{self.out_features}", "x".join(map(str, self.block)), self.activation]
+        parts += [self.weight_dtype] if self.weight_dtype else []
         return "-".join([*parts, *self.extras]) + (f"-pitch{self.pitch}" if self.pitch else "")
 
 
@@ -128,9 +131,13 @@ def linear_operands(case: LinearCase, dtype: torch.dtype, device: torch.device, 
     for name in ("residual", "bias"):
         if name in optional:
             optional[name] = moated(optional[name].to(device))
+    values = pack(weight, layout).to(dtype)
+    if case.weight_dtype:
+        stored, scales = quantize(weight, getattr(torch, case.weight_dtype))
+        values, optional["scales"] = pack(stored, layout), moated(scales.to(device))
     return {
         "x": moated(randn(*case.tokens, case.in_features, dtype=dtype).to(device), case.pitch),
-        "values": moated(pack(weight, layout).to(device, dtype)),
+        "values": moated(values.to(device)),
         "indptr": layout.indptr.to(device),
         "indices": layout.indices.to(device),
         "out_features": case.out_features,
@@ -149,6 +156,6 @@ def conv2d_problem(case: ConvCase, operands: dict) -> Conv2dProblem:
 
 def linear_problem(case: LinearCase, operands: dict) -> LinearProblem:
     """What a config is chosen from."""
-    dtype = str(operands["values"].dtype).removeprefix("torch.")
-    tokens = torch.Size(case.tokens).numel()
-    return LinearProblem(tokens, case.in_features, case.out_features, case.block, dtype, len(operands["values"]))
+    dtype = str(operands["x"].dtype).removeprefix("torch.")
+    tokens, n_blocks = torch.Size(case.tokens).numel(), len(operands["values"])
+    return LinearProblem(tokens, case.in_features, case.out_features, case.block, dtype, n_blocks, case.weight_dtype)
