@@ -6,24 +6,24 @@ look-up) or :func:`tune_model` (a search), constant afterwards, so CUDA graphs a
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import json
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from tetris.autotune.compile_ahead import start_workers
 from tetris.autotune.device import device_info
-from tetris.autotune.problems import Problem, SparseLayer, capture_inputs, flop, pools, problem_of
+from tetris.autotune.problems import SparseLayer, capture_inputs, pools, problem_of
 from tetris.autotune.space import is_valid
-from tetris.autotune.store import Entry, Match, TuningStore, problem_key
-from tetris.autotune.tune_problem import LayerBench, first_jobs, tune_problem
+from tetris.autotune.store import Entry, TuningStore, problem_key
+from tetris.autotune.team import Team
+from tetris.autotune.tune_problems import Outcome, Progress, Wanted, tune_problems
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.graph import ExampleInputs
+from tetris.kernels.configs import DeviceInfo
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -34,13 +34,25 @@ class Tuning:
         entries: the choice for every distinct problem of the model, in the order of its layers.
         layers: names of the layers by problem key.
         reused: keys that were in the store already.
-        failures: configurations that did not run or answered wrongly, with the reason.
+        failures: configurations that did not run or answered wrongly in this process, with the reason.
+        compile_seconds, measured_seconds: this process's share of the work: processor seconds of compiling, and seconds
+            on the GPU.
+        seconds: on the clock, everything included.
     """
 
     entries: list[Entry] = field(default_factory=list)
     layers: dict[str, list[str]] = field(default_factory=dict)
     reused: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
+    compile_seconds: float = 0.0
+    measured_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count what a search in this process took and where it failed."""
+        self.compile_seconds += outcome.compile_seconds
+        self.measured_seconds += outcome.measured_seconds
+        self.failures |= {config.to_key(): reason for config, reason in outcome.failures.items()}
 
     def __str__(self) -> str:
         from tabulate import tabulate
@@ -56,18 +68,14 @@ class Tuning:
                 [label, entry.config.kernel, f"{entry.default_us:.1f}", f"{entry.time_us:.1f}", f"{gain:.2f}", state]
             )
         head = ["layer", "kernel", "default us", "tuned us", "gain", ""]
-        table = tabulate(rows, headers=head, disable_numparse=True)
-        return table + (f"\n{len(self.failures)} configurations failed or were wrong" if self.failures else "")
+        lines = [tabulate(rows, headers=head, disable_numparse=True)]
+        lines += [f"{key}: no configuration runs" for key in self.layers if key not in self.keys()]
+        lines += [f"{len(self.failures)} configurations failed or were wrong"] if self.failures else []
+        return "\n".join([*lines, f"{self.seconds:.1f} s, of which {self.measured_seconds:.1f} s on the GPU"])
 
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun tells them; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_gpu() -> str:
-    """The GPU of this process: ``cuda:LOCAL_RANK`` under torchrun, otherwise ``cuda``."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    def keys(self) -> set[str]:
+        """The problems that have a choice."""
+        return {problem_key(entry.problem, entry.max_pool) for entry in self.entries}
 
 
 def require_gpu(devices: Sequence[torch.device]) -> None:
@@ -112,10 +120,10 @@ def tune_model(
     example_inputs: ExampleInputs,
     *,
     store: TuningStore | None = None,
-    budget: int = 24,
+    budget: int | None = 24,
     again: bool = False,
-    share: tuple[int, int] = (0, 1),
-    processes: int | None = None,
+    team: Team | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Search a configuration for every distinct problem of a converted model; store it and set it on the layers.
@@ -126,59 +134,49 @@ def tune_model(
         model: from :func:`tetris.convert`, on a GPU; only its layers' ``config`` changes.
         example_inputs: a tensor, tuple or dict at the batch and dtype to tune for.
         store: where choices go; None = the user's.
-        budget: configurations measured for each problem.
+        budget: configurations measured for each problem; None = a full search.
         again: search problems that the store already holds for this device and Triton version.
-        share: (rank, world): this process and how many share the work, one GPU each (see :func:`rank_and_world`);
-            it takes every world-th problem, the most expensive dealt out first. Its layers alone get a config.
-        processes: compile the first proposals of all problems in so many processes beforehand; None = a sensible
-            number, 0 = none.
+        team: processes that share the work, each with the same model on its own GPU; None = this one alone.
+        workers: processes that compile for this one; None = a sensible number, 0 = none.
         progress: called as ``progress(layer, problems done, problems in all)``.
     Returns:
         what was chosen and tried.
     Raises:
         UnsupportedError: the model does not run on a GPU: nothing to tune.
-    Cost: about ``budget`` compilations and 15 runs of each, for every distinct problem.
+    Cost: about ``budget`` compilations, spread over the processors, and 5 to 40 runs, for every distinct problem.
     """
-    store, layers = store or TuningStore(), sparse_layers(model)
+    started = time.monotonic()
+    store, team, layers = store or TuningStore(), team or Team.alone(), sparse_layers(model)
     if not layers:
         raise TetrisError("tune: wanted a converted model with block-sparse layers; it has none; call tetris.convert")
     inputs = capture_inputs(model, example_inputs, layers)
     require_gpu([x.device for x in inputs.values()])
     tuning = Tuning()
-    problems: dict[str, tuple[str, Problem]] = {}
+    distinct: dict[str, Wanted] = {}
     for name, x in inputs.items():
-        problem = problem_of(layers[name], x)
-        key = problem_key(problem, pools(layers[name]))
-        problems.setdefault(key, (name, problem))
-        tuning.layers.setdefault(key, []).append(name)
-    rank_, world = share
-    dealt = list(problems.items()) if world == 1 else sorted(problems.items(), key=lambda item: -flop(item[1][1]))
-    mine = dealt[rank_::world]
-    if processes != 0 and mine:
-        gpu = inputs[mine[0][1][0]].device
-        known = {key for key, (name, problem) in mine if _known(store, problem, gpu, layers[name]) and not again}
-        wanted = [(problem, layers[name]) for key, (name, problem) in mine if key not in known]
-        start_workers(first_jobs(wanted, device_info(gpu), budget), str(gpu), processes).wait()
-    for done, (key, (name, problem)) in enumerate(mine):
-        if progress:
-            progress(name, done, len(mine))
-        device, pooled = device_info(inputs[name].device), pools(layers[name])
-        match = _known(store, problem, inputs[name].device, layers[name])
-        if match and not again:
-            tuning.reused.add(key)
-            tuning.entries.append(match.entry)
-        else:
-            bench = LayerBench(layers[name], inputs[name], problem, tuning.failures)
-            entry = tune_problem(problem, device, bench, budget, pooled)
-            store.put([entry])
+        item = Wanted(name, layers[name], x)
+        distinct.setdefault(item.key, item)
+        tuning.layers.setdefault(item.key, []).append(name)
+    device = device_info(next(iter(inputs.values())).device)
+    known = {} if again else {key: _known(store, item, device) for key, item in distinct.items()}
+    missing = json.loads(team.agree("missing", json.dumps([key for key in distinct if known.get(key) is None])))
+    found = tune_problems(
+        [distinct[key] for key in missing], device, store, budget=budget, team=team, workers=workers,
+        progress=progress, on_outcome=tuning.add,
+    )  # fmt: skip
+    by_key = {problem_key(entry.problem, entry.max_pool): entry for entry in found}
+    for key, names in tuning.layers.items():
+        entry = by_key.get(key) or known.get(key)
+        if entry is not None:
             tuning.entries.append(entry)
-        for layer in tuning.layers[key]:
-            use_config(layers[layer], tuning.entries[-1].config.to_key())
-    if progress and mine:
-        progress(mine[-1][1][0], len(mine), len(mine))
+            for name in names:
+                use_config(layers[name], entry.config.to_key())
+    tuning.reused = set(distinct) - set(missing)
+    tuning.seconds = time.monotonic() - started
     return tuning
 
 
-def _known(store: TuningStore, problem: Problem, gpu: torch.device, layer: SparseLayer) -> Match | None:
+def _known(store: TuningStore, item: Wanted, device: DeviceInfo) -> Entry | None:
     """The store's entry for this very problem, device and version."""
-    return store.lookup(problem, device_info(gpu), farthest=0, max_pool=pools(layer))
+    match = store.lookup(item.problem, device, farthest=0, max_pool=pools(item.layer))
+    return match.entry if match else None

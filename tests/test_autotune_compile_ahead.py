@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tetris.autotune.compile_ahead import Job, distinct_kernels, even_layout, run_once, start_workers
+from tetris.autotune.compile_ahead import CompilePool, Worker, start_workers
+from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
+from tetris.autotune.team import Team
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
 
 CONV = Conv2dProblem(2, 32, 64, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), (32, 16), "float32", 3)
@@ -40,6 +42,42 @@ def test_workers_run_all_jobs_and_name_the_ones_that_fail() -> None:
     assert len(failures) == 1 and "no_such_dtype" in failures[0]
 
 
-def test_workers_that_hang_are_ended() -> None:
+def test_a_pool_tells_every_job_s_outcome_and_time() -> None:
+    bad = Job(LinearProblem(4, 64, 48, (16, 32), "no_such_dtype", 4))
+    pool = CompilePool([Job(CONV), bad, Job(LINEAR)], "cpu", workers=2)
+    fine, failed = pool.results([0, 1])
+    assert fine.reason == "" and fine.seconds > 0 and "no_such_dtype" in failed.reason
+    assert pool.results([2])[0].reason == ""
+    pool.close()
+
+
+def test_a_job_that_hangs_is_ended_and_the_next_one_runs() -> None:
+    worker = Worker("cpu")
+    hung = worker.compile(Job(CONV), seconds=0.01)
+    assert "ended after 0.01 s" in hung.reason
+    assert worker.compile(Job(CONV)).reason == ""
+    worker.process.kill()
+    worker.process.wait()
+    assert worker.compile(Job(LINEAR)).reason == "", "a dead worker is replaced"
+    worker.close()
+
+
+def test_a_worker_that_cannot_start_says_why() -> None:
+    worker = Worker("no such device")
+    reason = worker.compile(Job(CONV)).reason
+    assert "no such device" in reason or "Expected" in reason
+    worker.close()
+
+
+def test_jobs_that_take_too_long_are_left() -> None:
     (failure,) = start_workers([Job(CONV)], "cpu", workers=1).wait(0.01)
-    assert "ended" in failure
+    assert "not compiled within 0.01 s" in failure
+
+
+def test_two_pools_of_a_team_share_the_jobs() -> None:
+    team, jobs = Team.alone(), [Job(CONV), Job(LINEAR), Job(LINEAR, bias=False), Job(CONV, bias=False)]
+    pools = [CompilePool(jobs, "cpu", Team(rank, 2, team.board), workers=1) for rank in (0, 1)]
+    assert [done.reason for done in pools[1].results(range(4))] == [""] * 4
+    assert team.claim("job") >= 4, "all were claimed"
+    for pool in pools:
+        pool.close()

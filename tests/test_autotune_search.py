@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import tetris
-from tetris.autotune import tuner
+from tetris.autotune import race, tuner
+from tetris.autotune.candidates import candidates, spread
 from tetris.autotune.cost import estimate_us, rank
+from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.problems import LayerInput
-from tetris.autotune.search import difference, search, spread
 from tetris.autotune.space import boxes, config_space, default_config, is_valid
 from tetris.autotune.store import Entry, TuningStore
-from tetris.autotune.tune_problem import LayerBench, first_jobs, tune_problem
+from tetris.autotune.timer import Timing
 from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
@@ -145,49 +146,43 @@ def true_time(problem, config) -> float:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS[:4] + PROBLEMS[5:], ids=str)
-def test_search_measures_few_and_comes_close_to_all(problem) -> None:
-    ranked = rank(problem, H200, config_space(problem, H200))
-    calls: list[object] = []
-
-    def measure(configs):
-        calls.extend(configs)
-        return {config: true_time(problem, config) for config in configs}
-
-    found = search(ranked, measure, budget=24)
-    assert len(calls) == len(set(calls)) == len(found.measured) <= 24
-    best = min(true_time(problem, config) for config in ranked)
-    assert found.time_us <= 1.08 * best
-    assert found.time_us == found.measured[found.best] == min(found.measured.values())
+def test_few_candidates_come_close_to_all(problem) -> None:
+    few = candidates(problem, H200, budget=24)
+    everything = config_space(problem, H200)
+    assert few[0] == default_config(problem, H200) and len(few) == len(set(few)) <= 24
+    assert min(true_time(problem, c) for c in few) <= 1.08 * min(true_time(problem, c) for c in everything)
 
 
-def test_search_survives_failing_configurations() -> None:
-    ranked = rank(conv(), H200, config_space(conv(), H200))
-    bad = {config for i, config in enumerate(ranked) if i % 2 == 0}
-    found = search(
-        ranked, lambda configs: {c: math.inf if c in bad else true_time(conv(), c) for c in configs}, budget=16
-    )
-    assert found.best not in bad and math.isfinite(found.time_us)
+@pytest.mark.parametrize("problem", PROBLEMS[:4] + PROBLEMS[5:], ids=str)
+def test_a_full_search_leaves_out_only_what_is_estimated_slow(problem) -> None:
+    full = candidates(problem, H200)
+    space = config_space(problem, H200)
+    assert full[0] == default_config(problem, H200) and len(full) == len(set(full))
+    assert {c for c in space if c.kernel != "portable"} <= set(full) <= set(space)
+    assert min(true_time(problem, c) for c in full) <= 1.03 * min(true_time(problem, c) for c in space)
 
 
 def test_spread_takes_different_tiles_first() -> None:
     a, b = Conv2dConfig(num_stages=3), Conv2dConfig(num_stages=5)
     c = Conv2dConfig(tile_w=32)
     assert spread([a, b, c], 2) == [a, c] and spread([a, b, c], 3) == [a, c, b]
-    assert difference(a, b) == 1 and difference(a, c) == 2
 
 
-def test_tuning_a_problem_compares_with_the_default() -> None:
-    tried: list[int] = []
+def test_races_drop_losers_early_and_find_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every heat the clock of the stand-in GPU slows by a tenth: ratios stand, and the loser's few runs suffice."""
+    true = {"fast": 100.0, "close": 103.0, "slower": 130.0, "slow": 400.0}
+    heats: list[tuple[set[str], int]] = []
 
-    def measure(configs, repeats):
-        tried.append(repeats)
-        return {config: true_time(conv(), config) for config in configs}
+    def heat_us(runs, device, repeats, warmup):
+        heats.append((set(runs), repeats))
+        return {name: Timing.of([true[name] * 1.1 ** len(heats)] * repeats) for name in runs}
 
-    entry = tune_problem(conv(), H200, measure, budget=16)
-    assert entry.time_us <= entry.default_us == true_time(conv(), default_config(conv(), H200))
-    assert entry.problem == conv() and entry.tried <= 16 and tried[-1] == 25
-    with pytest.raises(TetrisError, match="no configuration"):
-        tune_problem(conv(), H200, lambda configs, repeats: dict.fromkeys(configs, math.inf), budget=4)
+    monkeypatch.setattr(race, "heat_us", heat_us)
+    found = race.race(dict.fromkeys(true, lambda: None), "cpu")
+    assert [names for names, _ in heats] == [set(true), set(true) - {"slow"}, {"fast", "close"}]
+    assert sorted(found, key=found.__getitem__) == list(true)
+    assert found["slow"] / found["fast"] == pytest.approx(4) and found["fast"] == pytest.approx(100 * 1.1**3)
+    assert race.race({}, "cpu") == {}
 
 
 def converted() -> tuple[nn.Module, torch.Tensor]:
@@ -207,21 +202,6 @@ def test_the_cpu_has_nothing_to_tune(tmp_path) -> None:
     assert not (tmp_path / "tuning.json").exists()
 
 
-def test_what_a_search_measures_first_is_compiled_ahead() -> None:
-    fast, _ = converted()
-    layer = sparse_layers(fast)["0"]
-    jobs = first_jobs([(linear(), layer)], H200, budget=10)
-    measured: list[list[object]] = []
-
-    def measure(configs, repeats):
-        measured.append([config.to_key() for config in configs])
-        return {config: true_time(linear(), config) for config in configs}
-
-    tune_problem(linear(), H200, measure, budget=10)
-    assert [job.config for job in jobs] == measured[0] and len(jobs) == 6
-    assert all(job.activation == "relu" and job.bias and not job.max_pool for job in jobs)
-
-
 def test_a_model_is_tuned_once_stored_and_resumed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole flow, with CPU layers standing in for a GPU's: they ignore their configuration."""
     monkeypatch.setattr(tuner, "require_gpu", lambda devices: None)
@@ -229,38 +209,37 @@ def test_a_model_is_tuned_once_stored_and_resumed(tmp_path, monkeypatch: pytest.
     fast, x = converted()
     store = TuningStore(tmp_path, tables=tmp_path / "none")
     calls: list[tuple[str, int, int]] = []
-    found = tune_model(fast, x, store=store, budget=5, processes=0, progress=lambda *call: calls.append(call))
+    found = tune_model(fast, x, store=store, budget=5, workers=0, progress=lambda *call: calls.append(call))
     assert len(found.entries) == 1 and not found.reused and calls[-1][1:] == (1, 1)  # both layers are one problem
     assert list(found.layers.values()) == [["0", "2"]]
     key = found.entries[0].config.to_key()
     assert all(layer.config == key for layer in sparse_layers(fast).values())
-    again = tune_model(fast, x, store=TuningStore(tmp_path, tables=tmp_path / "none"), budget=5, processes=0)
+    again = tune_model(fast, x, store=TuningStore(tmp_path, tables=tmp_path / "none"), budget=5, workers=0)
     assert again.entries == found.entries and len(again.reused) == 1 and "known" in str(again)
-    others = tune_model(fast, x, store=store, budget=5, share=(1, 2), processes=0)
-    assert others.entries == []
 
 
 def test_wrong_and_failing_configurations_are_noted_not_taken() -> None:
     fast, x = converted()
     layer = sparse_layers(fast)["0"]
-    failures: dict[str, str] = {}
-    bench = LayerBench(layer, LayerInput((8, 64), x.dtype, x.device, False), linear(), failures)
+    bench = LayerBench(layer, LayerInput((8, 64), x.dtype, x.device, False))
     good, wrong, broken = LinearConfig(), LinearConfig(num_warps=8), LinearConfig(num_stages=9)
+    nothing = LinearConfig(num_stages=2)
 
     class Changed(nn.Module):
-        def __init__(self, config: str) -> None:
+        def __init__(self, config: LinearConfig) -> None:
             super().__init__()
             self.config = config
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.config == broken.to_key():
-                raise RuntimeError("out of resource: shared memory")
-            return layer(x) * (1.1 if self.config == wrong.to_key() else 1.0)
+            if self.config == broken:
+                raise KeyError("out of resource: shared memory")
+            return layer(x) * {wrong: 1.1, nothing: math.nan}.get(self.config, 1.0)
 
-    bench._with = Changed  # type: ignore[method-assign,assignment]
-    times = bench([good, wrong, broken], 3)
-    assert times[good] > 0 and math.isinf(times[wrong]) and math.isinf(times[broken])
-    assert "differs" in failures[wrong.to_key()] and "shared memory" in failures[broken.to_key()]
+    bench.layer_with = Changed  # type: ignore[method-assign,assignment]
+    assert set(bench.race([good, wrong, broken, nothing])) == {good}
+    assert "differs" in bench.failures[wrong] and "nan" in bench.failures[nothing]
+    assert "shared memory" in bench.failures[broken]
+    assert bench.final([good, broken])[good].repeats == 25
 
 
 def test_tuning_prints_gain_and_failures() -> None:

@@ -15,13 +15,15 @@ from torch import nn
 import tetris
 from tests.support.fake_gpu import H200
 from tetris import reference
-from tetris.autotune import compile_ahead, device, timer, tuner
-from tetris.autotune.compile_ahead import Job, Workers, distinct_kernels, even_layout, run_once, start_workers
+from tetris.autotune import compile_job, device, timer, tune_problems, tuner
+from tetris.autotune.compile_ahead import Compiled
+from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import config_space
 from tetris.autotune.store import Entry, TuningStore
+from tetris.autotune.team import Team, local_gpu
 from tetris.autotune.timer import time_us
-from tetris.autotune.tuner import apply_tuned, local_gpu, rank_and_world, sparse_layers
+from tetris.autotune.tuner import apply_tuned, sparse_layers
 from tetris.dispatch import Launch
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearConfig, LinearProblem
 
@@ -115,53 +117,28 @@ def test_jobs_that_want_one_kernel_are_compiled_once() -> None:
     assert distinct_kernels(jobs, H200) == [jobs[0], *jobs[2:]]
 
 
-def test_a_worker_names_the_jobs_that_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs, done = [Job(LINEAR), Job(CONV), Job(LINEAR, bias=False)], []
+def test_a_worker_answers_every_job_and_ends_after_an_error_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs, done = [Job(LINEAR), Job(CONV), Job(LINEAR, bias=False), Job(CONV, bias=False)], []
 
     def run(job: Job, device: str) -> None:
         if job == jobs[1]:
-            raise RuntimeError("out of shared memory\nand more")
+            raise KeyError("out of shared memory\nand more")
+        if job == jobs[2]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         done.append((job, device))
 
-    monkeypatch.setattr(compile_ahead, "run_once", run)
-    monkeypatch.setattr(sys, "argv", ["compile_ahead", "cpu"])
+    monkeypatch.setattr(compile_job, "run_once", run)
+    monkeypatch.setattr(sys, "argv", ["compile_job", "cpu"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps(job.to_json()) for job in jobs)))
     threads = torch.get_num_threads()
-    compile_ahead.main()
+    with pytest.raises(SystemExit):
+        compile_job.main()
     torch.set_num_threads(threads)
-    assert done == [(jobs[0], "cpu"), (jobs[2], "cpu")]
-    assert capsys.readouterr().err == f"compile_ahead: {CONV}: RuntimeError: out of shared memory\n"
-
-
-def test_workers_share_distinct_jobs_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-
-    class Process:
-        def __init__(self, command: list[str], **options: object) -> None:
-            self.stdin, self.command, self.returncode = io.StringIO(), command, len(started)
-            self.stdin.close = lambda: setattr(self, "text", self.stdin.getvalue())  # type: ignore[method-assign]
-            started.append(self)
-
-        def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-            return "", "compile_ahead: too large\nnoise"
-
-    monkeypatch.setattr(compile_ahead.subprocess, "Popen", Process)
-    jobs = [Job(LINEAR), Job(CONV), Job(LINEAR), Job(CONV, bias=False)]
-    workers = start_workers(jobs, "cuda", workers=2)
-    texts = [[Job.from_json(json.loads(line)) for line in process.text.splitlines()] for process in started]
-    assert texts == [[jobs[0], jobs[3]], [jobs[1]]] and started[0].command[-1] == "cuda"
-    failures = workers.wait(seconds=5)
-    assert failures.count("compile_ahead: too large") == 2
-    assert any("ended with 1" in line for line in failures) and not any("ended with 0" in line for line in failures)
-    assert start_workers([]).processes == []
-
-
-def test_a_worker_that_takes_too_long_is_ended() -> None:
-    import subprocess
-
-    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE, text=True)
-    (failure,) = Workers([slow]).wait(seconds=0.2)
-    assert "ended after 0.2 s" in failure and slow.returncode != 0
+    assert done == [(jobs[0], "cpu")]
+    answers = [json.loads(line.removeprefix(compile_job.ANSWER)) for line in capsys.readouterr().out.splitlines()]
+    assert [reason for reason, _ in answers[:1]] == [""] and "KeyError" in answers[1][0] and len(answers) == 3
 
 
 def converted() -> tuple[nn.Module, torch.Tensor]:
@@ -186,24 +163,40 @@ def test_stored_choices_are_set_on_the_layers_of_a_gpu(tmp_path, monkeypatch: py
     assert layers["0"].config == config.to_key() and layers["0"]._launches == {}
 
 
-def test_torchrun_tells_rank_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+def test_torchrun_tells_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert rank_and_world() == (0, 1) and local_gpu() == "cuda"
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    team = Team.of_torchrun()
+    assert (team.rank, team.world) == (0, 1) and local_gpu() == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert rank_and_world() == (3, 8) and local_gpu() == "cuda:1"
+    assert local_gpu() == "cuda:1"
 
 
-def test_kernels_are_compiled_ahead_of_a_search(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+class InstantPool:
+    """A pool whose jobs are all compiled but for one, which failed."""
+
+    def __init__(self, jobs: list[Job], device: str, team: Team, workers: int | None) -> None:
+        self.jobs, self.closed, InstantPool.made = jobs, False, self
+
+    def results(self, indices: range) -> list[Compiled]:
+        return [Compiled("too large" if index == 1 else "", 2.0) for index in indices]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_kernels_are_compiled_before_they_are_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = converted()
     monkeypatch.setattr(tuner, "require_gpu", lambda devices: None)
     monkeypatch.setattr(tuner, "device_info", lambda device: H200)
-    started: list[Job] = []
-    monkeypatch.setattr(tuner, "start_workers", lambda jobs, device, n: started.extend(jobs) or Workers([]))
-    tuner.tune_model(model, x, store=TuningStore(tmp_path, tables=tmp_path / "none"), budget=4, processes=1)
-    assert started and len(set(started)) == len(started) and {job.problem.tokens for job in started} == {8}
+    monkeypatch.setattr(tune_problems, "CompilePool", InstantPool)
+    store = TuningStore(tmp_path, tables=tmp_path / "none")
+    tuning = tuner.tune_model(model, x, store=store, budget=4, workers=3)
+    pool = InstantPool.made
+    assert pool.closed and len(pool.jobs) == len(set(pool.jobs)) == 4
+    assert {job.problem.tokens for job in pool.jobs} == {8}
+    assert tuning.failures == {pool.jobs[1].config: "too large"} and tuning.compile_seconds == 8
+    assert tuning.entries[0].tried == 3 and tuning.entries[0].config.to_key() != pool.jobs[1].config
 
 
 def test_a_gpu_is_named_in_full_and_in_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,17 +66,19 @@ def test_tune_prunes_as_prune_would_and_tells_the_store(
 ) -> None:
     seen = {}
 
-    def tune_model(model, inputs, *, store, budget, share, progress):
+    def tune_model(model, inputs, *, store, budget, team, progress):
         progress("0", 0, 1)
-        seen.update(budget=budget, share=share, kept=model.get_submodule("0").kept_fraction, shape=tuple(inputs.shape))
+        seen.update(
+            budget=budget, world=team.world, kept=model.get_submodule("0").kept_fraction, shape=tuple(inputs.shape)
+        )
         store.put([ENTRY])
         return Tuning([ENTRY])
 
     monkeypatch.setattr(commands, "tune_model", tune_model)
-    monkeypatch.setattr("tetris.autotune.tuner.local_gpu", lambda: "cpu")
+    monkeypatch.setattr("tetris.autotune.team.local_gpu", lambda: "cpu")
     options = ("--sparsity", "0.75", "--block", "16", "--budget", "7", "--dtype", "fp32")
     assert run("tune", f"{net}:make_model", *options) == 0
-    assert seen == {"budget": 7, "share": (0, 1), "kept": 0.25, "shape": (4, 64)}
+    assert seen == {"budget": 7, "world": 1, "kept": 0.25, "shape": (4, 64)}
     text = capsys.readouterr().out
     assert "1.50" in text and "1 tuned choices" in text
 

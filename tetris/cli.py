@@ -139,18 +139,25 @@ def tune(
     sparsity: Annotated[str, typer.Option(help="As for prune.")] = "0.73",
     block: Annotated[str, typer.Option(help="As for prune.")] = "auto",
     budget: Annotated[int, typer.Option(help="Configurations to measure for every distinct layer.")] = 24,
+    full: Annotated[bool, typer.Option("--full", help="Measure all that are worth it, whatever the budget.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Time kernel configurations for your model's layers on this GPU and remember the best.
 
-    `torchrun --nproc-per-node 4 -m tetris.cli tune ...` spreads the layers over four GPUs.
+    `torchrun --nproc-per-node 4 -m tetris.cli tune ...` spreads the layers over four GPUs. An interrupted run goes on
+    where it stopped.
     """
-    from tetris.autotune.tuner import local_gpu
+    import torch
+
+    from tetris.autotune.team import local_gpu
     from tetris.commands import tune_user_model
     from tetris.user_model import parse_block, parse_sparsity
 
-    user = _user_model(target, weights, input_shape, local_gpu(), dtype, seed)
-    tune_user_model(user, parse_sparsity(sparsity), parse_block(block), seed, Console(), budget)
+    gpu = checked_device(local_gpu())
+    if ":" in gpu:
+        torch.cuda.set_device(gpu)
+    user = _user_model(target, weights, input_shape, gpu, dtype, seed)
+    tune_user_model(user, parse_sparsity(sparsity), parse_block(block), seed, Console(), None if full else budget)
 
 
 @app.command()

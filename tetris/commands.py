@@ -19,8 +19,9 @@ from tetris.autotune import device as machine
 from tetris.autotune.plan_picture import plot_plan
 from tetris.autotune.planner import plan as make_plan
 from tetris.autotune.store import TuningStore
+from tetris.autotune.team import Team
 from tetris.autotune.timer import time_us
-from tetris.autotune.tuner import apply_tuned, rank_and_world, tune_model
+from tetris.autotune.tuner import apply_tuned, tune_model
 from tetris.errors import FileFormatError, TetrisError
 from tetris.files import atomic_directory
 from tetris.plans import ModelPlan
@@ -116,22 +117,25 @@ def plan_user_model(
     console.print(f"{out}: use it with `tetris prune --plan {out}`", highlight=False, soft_wrap=True)
 
 
-def tune_user_model(user: UserModel, sparsity: Any, block: Any, seed: int, console: Console, budget: int = 24) -> None:
+def tune_user_model(
+    user: UserModel, sparsity: Any, block: Any, seed: int, console: Console, budget: int | None = 24
+) -> None:
     """Prune and convert as ``tetris prune`` would, then search kernel configurations and store the best.
 
-    Started by torchrun, every process tunes its share of the layers on its own GPU, into the one store.
+    Started by torchrun, the processes share the layers, each on its own GPU, and the one store; the first one reports.
     """
     check_runs(user)
     pruned = tetris.prune(user.model, sparsity, block, "sort", example_inputs=user.inputs, seed=seed)
     fast = tetris.convert(pruned, example_inputs=user.inputs)
-    store = TuningStore()
+    store, team = TuningStore(), Team.of_torchrun()
+    console.quiet = team.rank > 0
     with _progress(console) as progress:
         task = progress.add_task("tune", total=None)
 
         def on_layer(name: str, done: int, total: int) -> None:
             progress.update(task, description=f"tune {name}", completed=done, total=total)
 
-        tuning = tune_model(fast, user.inputs, store=store, budget=budget, share=rank_and_world(), progress=on_layer)
+        tuning = tune_model(fast, user.inputs, store=store, budget=budget, team=team, progress=on_layer)
     console.print(str(tuning), highlight=False, markup=False, soft_wrap=True)
     console.print(f"{store.path}: {len(store.mine)} tuned choices", highlight=False, soft_wrap=True)
 

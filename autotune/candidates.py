@@ -1,0 +1,49 @@
+"""Which configurations of a problem are worth compiling: the cost model proposes, measuring decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from tetris.autotune.cost import estimate_us, rank
+from tetris.autotune.problems import Problem
+from tetris.autotune.space import Config, config_space, default_config
+from tetris.kernels.configs import DeviceInfo
+
+WITHIN = 1.3
+"""A full search leaves out portable configurations that are estimated to take longer than this times the best."""
+MOST_PORTABLE = 32
+"""Of equal estimates (everything bound by memory) so many portable configurations are enough."""
+
+
+def candidates(problem: Problem, device: DeviceInfo, max_pool: bool = False, budget: int | None = None) -> list[Config]:
+    """The configurations to measure, the analytic default first.
+
+    Args:
+        problem, device, max_pool: as for ``config_space``.
+        budget: how many, the most promising and most different ones; None = a full search: every valid configuration
+            of the specialised kernels, and the portable kernel's as far as :data:`WITHIN` and :data:`MOST_PORTABLE` go.
+    """
+    default = default_config(problem, device, max_pool)
+    ranked = rank(problem, device, config_space(problem, device, max_pool))
+    if budget is not None:  # half of them by the estimate alone, half against its errors
+        return list(dict.fromkeys([default, *ranked[: budget // 2], *spread(ranked, budget)]))[: max(budget, 1)]
+    limit = WITHIN * estimate_us(problem, device, ranked[0])
+    portable = [c for c in ranked if c.kernel == "portable" and estimate_us(problem, device, c) <= limit]
+    chosen = {*spread(portable, MOST_PORTABLE), *(c for c in ranked if c.kernel != "portable")}
+    return [default, *(config for config in ranked if config in chosen and config != default)]
+
+
+def spread(ranked: Sequence[Config], count: int) -> list[Config]:
+    """The ``count`` first of ``ranked``, but no two of the same kernel, tile and step before every other was taken."""
+
+    def family(config: Config) -> tuple[object, ...]:
+        values = asdict(config)
+        names = ("kernel", "tile_n", "tile_h", "tile_w", "tile_tokens", "tile_k", "tile_out", "descriptors")
+        return tuple(values.get(name) for name in names)
+
+    families: dict[tuple[object, ...], Config] = {}
+    for config in ranked:
+        families.setdefault(family(config), config)
+    firsts = set(families.values())
+    return [*families.values(), *(config for config in ranked if config not in firsts)][:count]

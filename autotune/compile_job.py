@@ -1,0 +1,145 @@
+"""One kernel to compile, described by plain data, and how a process compiles it: build the layer and run it once.
+
+``python -m tetris.autotune.compile_job DEVICE`` is a worker of :mod:`tetris.autotune.compile_ahead`: it reads a job a
+line from standard input and answers each with a line on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tetris.autotune.problems import Problem, SparseLayer
+from tetris.autotune.space import default_config
+from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.layout import BlockLayout, grid_shape
+
+ANSWER = "compile_ahead:"
+"""How a worker's answers begin; compilers print to standard output too."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: a problem, a config key ("" = the default choice) and the epilogue."""
+
+    problem: Problem
+    config: str = ""
+    activation: str = "none"
+    max_pool: bool = False
+    bias: bool = True
+    residual: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "kind": type(self.problem).__name__}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Job:
+        """From what :meth:`to_json` gave."""
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in (Conv2dProblem, LinearProblem)}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in data["problem"].items()}
+        rest = {name: data[name] for name in ("config", "activation", "max_pool", "bias", "residual")}
+        return Job(kinds[data["kind"]](**values), **rest)
+
+
+def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
+    """One job a kernel: jobs whose problems differ only in sizes that are not compiled in want the same one."""
+    found: dict[object, Job] = {}
+    for job in jobs:
+        problem = job.problem
+        config = job.config or default_config(problem, device, job.max_pool).to_key()
+        geometry: tuple[object, ...] = ()
+        if isinstance(problem, Conv2dProblem):
+            geometry = problem.kernel_size, problem.stride, problem.padding, problem.dilation
+        epilogue = job.activation, job.max_pool, job.bias, job.residual
+        found.setdefault((problem.block, problem.dtype, geometry, config, epilogue), job)
+    return list(found.values())
+
+
+@torch.no_grad()
+def run_once(job: Job, device: str) -> torch.Tensor:
+    """Run a layer of random values for the job once: the launch compiles what is missing."""
+    layer, x = _layer_and_input(job.problem, job.activation, job.max_pool, job.bias, device)
+    layer.config = job.config
+    layer._launches.clear()
+    return layer(x, _residual(job.problem, x)) if job.residual else layer(x)
+
+
+def _residual(problem: Problem, x: torch.Tensor) -> torch.Tensor:
+    """Zeros like the output."""
+    if isinstance(problem, LinearProblem):
+        return x.new_zeros(problem.tokens, problem.out_features)
+    y = x.new_zeros(problem.batch, problem.c_out, *problem.output_size)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=1)
+def _layer_and_input(
+    problem: Problem, activation: str, max_pool: bool, bias: bool, device: str
+) -> tuple[SparseLayer, torch.Tensor]:
+    """Made once for jobs in a row that differ in the config only."""
+    dtype = getattr(torch, problem.dtype)
+    options: dict[str, Any] = {"bias": bias, "activation": activation}
+    if isinstance(problem, Conv2dProblem):
+        layout = even_layout((problem.c_out, problem.c_in), problem.block, problem.n_blocks, device)
+        values = torch.randn(layout.n_blocks, problem.taps, *problem.block, device=device).to(dtype)
+        layer = BlockSparseConv2d(
+            problem.c_in, problem.c_out, problem.kernel_size, problem.block, layout.n_blocks, problem.stride,
+            problem.padding, problem.dilation, max_pool=max_pool, values=values, layout=layout, **options,
+        )  # fmt: skip
+        x = torch.empty(problem.batch, problem.c_in, problem.height, problem.width, dtype=dtype, device=device)
+        return layer, x.contiguous(memory_format=torch.channels_last).zero_()
+    layout = even_layout((problem.out_features, problem.in_features), problem.block, problem.n_blocks, device)
+    values = torch.randn(layout.n_blocks, *problem.block, device=device).to(dtype)
+    linear = BlockSparseLinear(
+        problem.in_features, problem.out_features, problem.block, layout.n_blocks, values=values, layout=layout,
+        **options,
+    )  # fmt: skip
+    return linear, torch.zeros(problem.tokens, problem.in_features, dtype=dtype, device=device)
+
+
+def even_layout(shape: tuple[int, int], block: tuple[int, int], n_blocks: int, device: str) -> BlockLayout:
+    """A layout of ``n_blocks`` blocks, dealt out evenly to the block rows; no row is empty if there are enough."""
+    rows, columns = grid_shape(shape, block)
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    for index in range(min(n_blocks, rows * columns)):
+        mask[index % rows, (index // rows + index % rows) % columns] = True
+    layout = BlockLayout.from_mask(mask, shape, block).without_empty_rows()
+    return BlockLayout(shape, block, layout.indptr.to(device), layout.indices.to(device))
+
+
+def main() -> None:
+    """A worker. Whatever a compiler or a driver raises is the answer; after an error on the GPU the process ends."""
+    torch.set_num_threads(1)
+    device = sys.argv[1]
+    if ":" in device:
+        torch.cuda.set_device(device)
+    for line in sys.stdin:
+        started, reason = time.perf_counter(), ""
+        try:
+            run_once(Job.from_json(json.loads(line)), device)
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+                torch.cuda.empty_cache()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        print(ANSWER, json.dumps([reason, time.perf_counter() - started]), flush=True)
+        if "CUDA error" in reason:
+            sys.exit(1)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+if __name__ == "__main__":
+    main()
