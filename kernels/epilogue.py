@@ -7,6 +7,9 @@ instruction on Hopper: pixels, a view of a shared-memory tile, may only stand on
 import triton
 import triton.language as tl
 
+from tetris.kernels.gelu import END as GELU_END
+from tetris.kernels.gelu import gelu
+
 
 @triton.jit
 def program_tile(pid, n_out_tiles, n_tiles, GROUP: tl.constexpr):
@@ -29,7 +32,7 @@ def activate(acc, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         acc = acc / (1.0 + tl.exp(-acc))
     elif ACTIVATION == "gelu":
-        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+        acc = gelu(acc, tl.maximum(tl.minimum(acc, GELU_END), -GELU_END))
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     return acc

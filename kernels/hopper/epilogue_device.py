@@ -6,6 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language import PropagateNan
 
+from tetris.kernels.gelu import END as GELU_END
+from tetris.kernels.gelu import gelu
+
 NAN: gl.constexpr = gl.constexpr(PropagateNan.ALL)
 """As in torch, NaN is not cut off by a maximum: a diverged network shows."""
 
@@ -20,7 +23,7 @@ def activate(value, ACTIVATION: gl.constexpr):
     elif ACTIVATION == "silu":
         value = value / (1.0 + gl.exp(-value))
     elif ACTIVATION == "gelu":
-        value = 0.5 * value * (1.0 + gl.erf(value * 0.7071067811865476))
+        value = gelu(value, gl.maximum(gl.minimum(value, GELU_END), -GELU_END))
     return value
 
 
