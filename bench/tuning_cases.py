@@ -1,0 +1,106 @@
+"""The suites whose layers are tuned, as data, and how one of their layers is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tetris.autotune.problems import LayerInput
+from tetris.autotune.tune_problems import Wanted
+from tetris.bench.cases import (
+    RESNET50_CONVS,
+    TRANSFORMER_LINEARS,
+    VGG16_CONVS,
+    VGG16_LINEARS,
+    ConvCase,
+    LinearCase,
+    random_layout,
+    scaled_weight,
+)
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.layout import BlockLayout
+from tetris.reordering import reorder
+
+CONV_BLOCK, LINEAR_BLOCK = (64, 32), (64, 64)
+POOLED = {"conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3"}
+
+
+@dataclass(frozen=True)
+class TuningCase:
+    """One layer of a suite, at its batch, block and epilogue."""
+
+    suite: str
+    layer: ConvCase | LinearCase
+    block: tuple[int, int]
+    activation: str = "relu"
+    max_pool: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite} {self.layer.name}"
+
+    def wanted(self, device: str, dtype: torch.dtype, layout_kind: str = "reordered") -> Wanted:
+        """The layer with random values; ``layout_kind`` as in ``cases.LAYOUTS``."""
+        case, options = self.layer, {"activation": self.activation}
+        c_out, c_in = (case.c_out, case.c_in) if isinstance(case, ConvCase) else (case.out_features, case.in_features)
+        layout = _layout((c_out, c_in), self.block, case.kept, device, layout_kind)
+        taps = (case.kernel_size**2,) if isinstance(case, ConvCase) else ()
+        values = torch.randn(layout.n_blocks, *taps, *self.block, device=device).to(dtype) / c_in**0.5
+        more: dict[str, Any] = {"values": values, "layout": layout, **options}
+        gpu = torch.zeros(0, device=device).device
+        if isinstance(case, LinearCase):
+            linear = BlockSparseLinear(c_in, c_out, self.block, layout.n_blocks, **more)
+            return Wanted(self.name, linear, LayerInput((case.tokens, c_in), dtype, gpu, False))
+        conv = BlockSparseConv2d(
+            c_in, c_out, (case.kernel_size,) * 2, self.block, layout.n_blocks, (case.stride,) * 2,
+            (case.padding,) * 2, max_pool=self.max_pool, **more,
+        )  # fmt: skip
+        return Wanted(self.name, conv, LayerInput((case.batch, c_in, case.height, case.width), dtype, gpu, True))
+
+
+@lru_cache(maxsize=64)
+def _layout(shape: tuple[int, int], block: tuple[int, int], kept: float, device: str, layout_kind: str) -> BlockLayout:
+    """A layout on the device, where the reordering is made as well: sorting channels as those of the network bench."""
+    if layout_kind == "random":
+        layout = random_layout(shape, block, kept)
+    else:
+        weight = scaled_weight(shape, 0.5, device=device)
+        layout = reorder(weight, block=block, sparsity=1 - kept, method="sort").layout
+    layout = layout.without_empty_rows()
+    return BlockLayout(shape, block, layout.indptr.to(device), layout.indices.to(device))
+
+
+def _vgg16(batch: int) -> list[TuningCase]:
+    suite = f"vgg16 b{batch}"
+    convs = [
+        TuningCase(suite, layer.at(batch), CONV_BLOCK, max_pool=layer.name in POOLED)
+        for layer in VGG16_CONVS
+        if layer.c_in >= 16  # the first has its own kernel
+    ]
+    linears = [
+        TuningCase(suite, layer.at(batch), LINEAR_BLOCK, "relu" if layer.name != "fc8" else "none")
+        for layer in VGG16_LINEARS
+    ]
+    return convs + linears
+
+
+SUITES: dict[str, tuple[TuningCase, ...]] = {
+    "vgg16": tuple(_vgg16(128)),
+    "vgg16-small": tuple(case for batch in (32, 8, 1) for case in _vgg16(batch)),
+    "resnet50": tuple(TuningCase("resnet50 b128", layer.at(128), CONV_BLOCK) for layer in RESNET50_CONVS),
+    "transformer": tuple(
+        TuningCase(f"transformer {tokens} tokens", replace(layer, kept=0.27).at(tokens), LINEAR_BLOCK, "none")
+        for tokens in (1, 16, 128, 512, 8192)
+        for layer in TRANSFORMER_LINEARS
+        if layer.name != "25088-4096"  # that is VGG16's
+    ),
+    "small": tuple(
+        TuningCase("small", layer, (16, 16))
+        for layer in (ConvCase("conv", 32, 32, 6, 6, batch=2, kept=0.5), LinearCase("fc", 64, 48, tokens=4, kept=0.5))
+    ),
+}
+FULL = ("vgg16", "vgg16-small", "resnet50", "transformer")
+QUICK = ("small",)

@@ -1,0 +1,83 @@
+"""The tuning bench with the CPU in the GPU's place: layers ignore their configuration, everything else is real."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.fake_gpu import H200
+from tetris.autotune.candidates import candidates
+from tetris.autotune.problems import pools
+from tetris.autotune.store import TuningStore
+from tetris.bench import tuning_bench
+from tetris.bench.rows import read_csv
+from tetris.bench.tuning_cases import FULL, SUITES
+from tetris.dispatch import Launch
+from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+
+CASES = {case.name: case for suite in FULL for case in SUITES[suite]}
+
+
+@pytest.fixture
+def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    monkeypatch.setenv("TETRIS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning_bench, "device_info", lambda device: H200)
+    for kind in (BlockSparseConv2d, BlockSparseLinear):
+
+        def launch(self: torch.nn.Module, x: torch.Tensor) -> Launch:
+            case = next(c for c in SUITES["small"] if isinstance(c.wanted("cpu", x.dtype).layer, type(self)))
+            return Launch(candidates(case.wanted("cpu", x.dtype).problem, H200, budget=1)[0].to_key())
+
+        monkeypatch.setattr(kind, "launch", launch)
+    device = type("cpu", (str,), {"__eq__": lambda self, other: False, "__hash__": str.__hash__})("cpu")
+    return Namespace(device=device, out=tmp_path, suite=["small"], quick=True, budget=3, workers=0, layers=None)
+
+
+def test_every_layer_and_suite_gets_its_rows_and_the_choices_are_stored(args: Namespace, tmp_path: Path) -> None:
+    rows = tuning_bench.run(args)
+    by_case = {(row.case, row.provider): row for row in rows}
+    assert {provider for case, provider in by_case if case == "small conv"} == {"default", "tuned", "best"}
+    for name in ("small conv", "small fc", "small"):
+        best, tuned = by_case[name, "best"], by_case[name, "tuned"]
+        assert best.extra["fraction"] == 1 and 0 < tuned.extra["fraction"] <= 1
+    search = next(row for row in rows if row.provider == "search")
+    assert search.extra["layers"] == 2 and search.extra["tried"] == 6 and search.extra["seconds"] >= 0
+    assert [row.case for row in read_csv(tmp_path / "tuning.csv")] == [row.case for row in rows]
+    assert len(TuningStore().mine) == 2
+    assert "fraction" in tuning_bench.show(rows)
+
+
+def test_failures_are_listed_with_their_reason(
+    args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if '"num_stages":' in self.config:
+            raise RuntimeError("too many resources requested\nfor launch")
+        return x
+
+    monkeypatch.setattr(BlockSparseLinear, "forward", forward)
+    args.layers = "fc"
+    rows = tuning_bench.run(args)
+    assert rows[0].status == "failed: nothing ran" and rows[0].extra["failed"] == 3
+    failures = read_csv(tmp_path / "tuning_failures.csv")
+    assert len(failures) == 3 and failures[0].status == "failed: RuntimeError: too many resources requested"
+    assert "num_stages" in failures[0].extra["config"]
+
+
+def test_the_cpu_has_nothing_to_tune(tmp_path: Path) -> None:
+    (row,) = tuning_bench.run(Namespace(device="cpu", out=tmp_path, suite=None, quick=True))
+    assert row.status.startswith("skipped")
+
+
+def test_suites_are_the_targets() -> None:
+    names = {case.suite for case in CASES.values()}
+    assert {"vgg16 b128", "vgg16 b32", "vgg16 b8", "vgg16 b1", "resnet50 b128", "transformer 8192 tokens"} <= names
+    assert sum(case.suite == "vgg16 b1" for case in CASES.values()) == 15
+    conv = CASES["vgg16 b8 conv4_3"].wanted("cpu", torch.float32)
+    assert conv.problem.block == (64, 32) and pools(conv.layer) and conv.x.shape == (8, 512, 28, 28)
+    assert 44 <= conv.layer.n_blocks <= 48, "34 % of 128 blocks, and a block for every empty row"
+    other = CASES["vgg16 b8 conv4_3"].wanted("cpu", torch.float32, "random")
+    assert conv.layer.indptr.diff().max() > other.layer.indptr.diff().max(), "rows are less uneven"
