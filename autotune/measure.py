@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tetris.autotune.compile_job import Job
 from tetris.autotune.device import device_info
-from tetris.autotune.problems import LayerInput, SparseLayer, problem_of
+from tetris.autotune.problems import LayerInput, Problem, SparseLayer, problem_of
 from tetris.autotune.space import is_valid
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import Timing, time_us
@@ -36,10 +37,16 @@ Point = tuple[tuple[int, int], float]
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What conversion fuses behind a layer: an activation, a 2x2 max-pool."""
+    """What conversion fuses behind a layer: bias (its own or a batch norm's), residual, activation, 2x2 max-pool."""
 
     activation: str = "none"
     max_pool: bool = False
+    bias: bool = True
+    residual: bool = False
+
+    def job(self, problem: Problem) -> Job:
+        """What a layer with this epilogue has to have compiled."""
+        return Job(problem, "", self.activation, self.max_pool, self.bias, self.residual)
 
 
 class Measured(NamedTuple):
@@ -110,25 +117,32 @@ class LayerTimer:
 
         With a single sparsity each block is timed a second time, at the sparsity at which it retains what the best
         block retains: two points to compare blocks at equal importance. Block-sparse layers run with the epilogue that
-        conversion will fuse; the dense layer runs with its bias and, if one follows, its max-pool, but without the
-        activation, which a compiler would fuse into the pass that adds the bias.
+        conversion will fuse. The dense layer runs with one pass behind it that adds the residual, or else the bias; a
+        compiler would do the rest in that pass. A max-pool that follows is a second one.
         """
-        device, epilogue = self.device or x.device, epilogue or Epilogue()
-        dense = random_twin(layer, self.seed).to(device)
+        device, epilogue = self.device or x.device, epilogue or Epilogue(bias=layer.bias is not None)
+        dense = random_twin(layer, epilogue, self.seed).to(device)
         points = self._points(layer.weight.detach().to(device), sparsities)
         sparse = {point: self._sparse(dense, blocks.at(point[1]), x, epilogue) for point, blocks in points.items()}
         images = x.random(device, self.seed, channels_last=True)
+        residual = _like_output(dense, images) if epilogue.residual else None
         runs, failures = {}, []
         for (block, sparsity), module in sparse.items():
-            if problem := why_not(module, images):
+            run = _call(module, images, residual)
+            if problem := why_not(run):
                 failures.append(f"{block_label(block)} at {sparsity:.3g}: {problem}")
             else:
-                runs[block, sparsity] = _call(module, images)
-        baseline = {"dense": _call(dense, x.random(device, self.seed), epilogue.max_pool)}
+                runs[block, sparsity] = run
+        baseline = {}
+        if epilogue.residual:
+            dense.bias = None
         if isinstance(dense, nn.Conv2d):
             last = copy.deepcopy(dense)
             last.weight.data = last.weight.data.contiguous(memory_format=CHANNELS_LAST)
-            baseline["dense channels_last"] = _call(last, images, epilogue.max_pool)
+            baseline["dense channels_last"] = _dense_call(last, images, residual, epilogue.max_pool)
+        if not (isinstance(dense, nn.Conv2d) and x.channels_last):
+            given = x.random(device, self.seed)
+            baseline["dense"] = _dense_call(dense, given, residual, epilogue.max_pool)
         times = self._time(baseline | {str(point): run for point, run in runs.items()}, device)
         decisive = attrgetter("median_us" if device.type == "cuda" else "p10_us")  # other processes only add time
         best = min((times[name] for name in baseline), key=decisive)
@@ -187,26 +201,47 @@ class LayerTimer:
             )
 
 
-def _call(module: nn.Module, x: torch.Tensor, max_pool: bool = False) -> Callable[[], object]:
-    return (lambda: F.max_pool2d(module(x), 2)) if max_pool else (lambda: module(x))
+def _call(module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> Callable[[], object]:
+    return (lambda: module(x)) if residual is None else (lambda: module(x, residual))
+
+
+def _dense_call(
+    module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None, max_pool: bool
+) -> Callable[[], object]:
+    def run() -> torch.Tensor:
+        y = module(x) if residual is None else module(x).add_(residual)
+        return F.max_pool2d(y, 2) if max_pool else y
+
+    return run
 
 
 @torch.no_grad()
-def why_not(module: nn.Module, x: torch.Tensor) -> str:
+def _like_output(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A standard normal tensor of the shape and memory format of a layer's output."""
+    return torch.randn_like(module(x))
+
+
+@torch.no_grad()
+def why_not(run: Callable[[], object]) -> str:
     """Run a candidate once: "" if it runs, otherwise what went wrong. A kernel that does not compile is a finding."""
     try:
-        module(x)
+        run()
     except Exception as error:  # whatever a compiler or a driver raises is recorded in the plan
         text = str(error).strip()
         return f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}"
     return ""
 
 
-def random_twin(layer: DenseLayer, seed: int = 0) -> DenseLayer:
-    """A copy with dense random weights: zeros draw less power and would flatter or hurt the baseline."""
+def random_twin(layer: DenseLayer, epilogue: Epilogue, seed: int = 0) -> DenseLayer:
+    """A copy with dense random weights: zeros draw less power and would flatter or hurt the baseline.
+
+    It gets a bias of zeros where a batch norm will be folded into it.
+    """
     twin = copy.deepcopy(layer).eval().requires_grad_(False)
     generator = torch.Generator(layer.weight.device).manual_seed(seed)
     twin.weight.normal_(0, max(float(layer.weight.detach().float().std()), 1e-6), generator=generator)
+    if epilogue.bias and twin.bias is None:
+        twin.bias = nn.Parameter(twin.weight.new_zeros(twin.weight.shape[0]), requires_grad=False)
     return twin
 
 

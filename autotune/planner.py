@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,12 +21,13 @@ from tetris.autotune.measure import Epilogue, LayerTimer
 from tetris.autotune.never_slower import never_slower
 from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.autotune.store import TuningStore
+from tetris.autotune.unpruned import UnprunedLayers
 from tetris.autotune.whole_network import WholeNetwork, best_way
-from tetris.conversion import convert
+from tetris.block_sparse_layer import BlockSparseLayer
+from tetris.conversion import Conversion, convert
 from tetris.errors import TetrisError, describe
 from tetris.graph import ExampleInputs
 from tetris.importance import importance_of
-from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.masking import masked_layers, prune
 from tetris.ops import dtype_name
 from tetris.plans import LayerPlan, ModelPlan
@@ -103,14 +105,25 @@ def plan(
     where = torch.device(device) if device is not None else first.device
     timer = LayerTimer(None, method, importance, where, store or TuningStore(), repeats, seconds_per_layer, seed)
     candidates = match(blocks, list(layers), "blocks") if isinstance(blocks, Mapping) else dict.fromkeys(layers, blocks)
-    epilogues = fused_epilogues(model, example_inputs, list(rates))
+    on_gpu = where.type == "cuda"
+    asked = [name for name, layer in layers.items() if name in rates or (on_gpu and worth_pruning(layer.weight.shape))]
+    epilogues = fused_epilogues(model, example_inputs, asked)
+    unpruned = UnprunedLayers(timer)
     plans = []
     names = [*inputs, *(name for name in layers if name not in inputs)]
     for done, name in enumerate(names):
         if progress:
             progress(name, done, len(names))
         mine = replace(timer, blocks=candidates.get(name))
-        plans.append(_measured(name, layers[name], inputs.get(name), rates.get(name, ()), mine, epilogues.get(name)))
+        x, epilogue = inputs.get(name), epilogues.get(name)
+        found = _described(name, layers[name], x, importance)
+        if x is None:
+            plans.append(replace(found, reason="dense: the example inputs do not reach it"))
+        elif name in rates:
+            measured = mine.measure(layers[name], x, rates[name], epilogue)
+            plans.append(replace(found, candidates=measured.candidates, failures=measured.failures))
+        else:
+            plans.append(unpruned.decide(found, layers[name], x, epilogue))
     if progress:
         progress(names[-1], len(names), len(names))
     budget = ""
@@ -118,7 +131,7 @@ def plan(
         plans = within_budget(plans, target_speedup=target_speedup, max_importance_loss=max_importance_loss)
         budget = f"target {target_speedup}x" if target_speedup else f"at most {max_importance_loss:.1%} lost"
     else:
-        plans = [_at_critical_point(layer, rates[layer.name][0]) if layer.candidates else layer for layer in plans]
+        plans = [_at_critical_point(p, rates[p.name][0]) if p.name in rates and p.candidates else p for p in plans]
     decided = ModelPlan(tuple(plans), device_name(where), versions(), dtype_name(first.dtype), method, budget)
     if whole is None or where != first.device:
         return decided
@@ -148,32 +161,24 @@ def fused_epilogues(model: nn.Module, example_inputs: ExampleInputs, names: Sequ
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a model that cannot be traced is warned about when it is converted
         fast = convert(pruned, example_inputs)
+    record = cast(Conversion, fast.conversion)
     return {
-        name: Epilogue(module.activation, isinstance(module, BlockSparseConv2d) and module.max_pool)
+        name: Epilogue(
+            module.activation,
+            module.max_pool,
+            module.bias is not None,
+            "residual" in record.layers[name].fused,
+        )
         for name, module in fast.named_modules()
-        if isinstance(module, BlockSparseConv2d | BlockSparseLinear)
+        if isinstance(module, BlockSparseLayer)
     }
 
 
-def _measured(
-    name: str,
-    layer: nn.Conv2d | nn.Linear,
-    x: LayerInput | None,
-    sparsities: Sequence[float],
-    timer: LayerTimer,
-    epilogue: Epilogue | None,
-) -> LayerPlan:
-    """The layer's measurements, undecided; a layer that is not to be pruned says why."""
+def _described(name: str, layer: nn.Conv2d | nn.Linear, x: LayerInput | None, importance: str) -> LayerPlan:
+    """The layer before anything is measured: its shapes and its importance."""
     kind = "linear" if isinstance(layer, nn.Linear) else "conv2d"
-    found = LayerPlan(name, kind, tuple(layer.weight.shape))
-    if x is None:
-        return replace(found, reason="dense: the example inputs do not reach it")
-    importance = float(importance_of(layer.weight.detach(), timer.importance).sum(dtype=torch.float64))
-    found = replace(found, input_shape=x.shape, importance=importance)
-    if not sparsities:
-        return replace(found, reason="dense: no sparsity was asked for it")
-    measured = timer.measure(layer, x, sparsities, epilogue)
-    return replace(found, candidates=measured.candidates, failures=measured.failures)
+    total = float(importance_of(layer.weight.detach(), importance).sum(dtype=torch.float64))
+    return LayerPlan(name, kind, tuple(layer.weight.shape), importance=total, input_shape=x.shape if x else ())
 
 
 def _at_critical_point(layer: LayerPlan, sparsity: float) -> LayerPlan:
@@ -190,7 +195,7 @@ def within_budget(
     decided = {
         layer.name: layer
         for layer in allocate(
-            [layer for layer in layers if layer.dense],
+            [layer for layer in layers if any(c.sparsity > 0 for c in layer.candidates)],
             target_speedup=target_speedup,
             max_importance_loss=max_importance_loss,
         )

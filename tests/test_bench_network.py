@@ -12,10 +12,11 @@ from tetris.autotune.ceilings import Ceilings
 from tetris.autotune.problems import LayerInput
 from tetris.bench.__main__ import bench_names, main, results_folder
 from tetris.bench.cases import VGG16_CONVS, VGG16_MODULES
-from tetris.bench.network_bench import Dense, Session, dense_work, parse_blocks, with_folded_norms
+from tetris.bench.network_bench import others
+from tetris.bench.network_session import Dense, Session, parse_blocks
+from tetris.bench.network_work import dense_work
 from tetris.bench.networks import NETWORKS, trained_like
-from tetris.bench.rows import read_csv
-from tetris.models import resnet18
+from tetris.bench.rows import Row, read_csv, write_csv
 from tetris.plans import ModelPlan
 from tetris.specs import prunable_layers
 
@@ -74,14 +75,11 @@ def test_benches_are_found_by_their_files() -> None:
         main(["no-such-bench"])
 
 
-def test_the_baseline_has_its_batch_norms_folded() -> None:
-    torch.manual_seed(0)
-    model = resnet18(num_classes=4, width=8).eval()
-    x = torch.randn(1, 3, 32, 32)
-    folded = with_folded_norms(model)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
-    assert with_folded_norms(folded) is folded
+def test_a_step_keeps_the_rows_of_the_others(tmp_path) -> None:
+    assert others(tmp_path / "network.csv", {"vgg16 b8"}) == []
+    rows = [Row("network", case, "tetris") for case in ("vgg16 b8", "vgg16 b8 features.2", "vgg16 b1", "mlp b8192 fc1")]
+    write_csv(tmp_path / "network.csv", rows)
+    assert [row.case for row in others(tmp_path / "network.csv", {"vgg16 b8"})] == ["vgg16 b1", "mlp b8192 fc1"]
 
 
 def test_kernels_to_compile_ahead_are_those_of_the_converted_network() -> None:
@@ -90,7 +88,7 @@ def test_kernels_to_compile_ahead_are_those_of_the_converted_network() -> None:
     args = argparse.Namespace(device="cpu", blocks="16", plans=None)
     session = Session(case, dense, 4, torch.float32, Ceilings(1e10, 1e10), args)
     jobs = session.jobs()
-    assert len(jobs) == 2 * 15 and all(job.bias for job in jobs)
-    assert [job.max_pool for job in jobs[1::2]].count(True) == 5 and not any(job.max_pool for job in jobs[::2])
-    assert {job.activation for job in jobs[1::2]} == {"relu"}
-    assert jobs[4].problem.n_blocks == max(2, round(2 * 1 * 0.27))
+    assert len(jobs) == 15 and all(job.bias and not job.residual for job in jobs)
+    assert [job.max_pool for job in jobs].count(True) == 5
+    assert {job.activation for job in jobs} == {"relu"}
+    assert jobs[2].problem.n_blocks == max(2, round(2 * 1 * 0.27))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 
 from tests.support.fake_gpu import H200, clock
 from tetris.autotune.ceilings import Ceilings
-from tetris.bench import network_bench
-from tetris.bench.network_bench import Dense, Session
+from tetris.bench import compile_dense, network_bench, network_session
+from tetris.bench.kernel_profile import KernelProfile
+from tetris.bench.network_session import COMPILED, Dense, Session
 from tetris.bench.networks import NETWORKS
 from tetris.bench.rows import FAILED, OK, WRONG, Row, read_csv
 from tetris.plans import Candidate, LayerPlan, ModelPlan
@@ -34,17 +37,17 @@ def session(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Session:
     dense = Dense.of(CASE, "cpu", torch.float32, "none")
     made = Session(CASE, dense, 4, torch.float32, CEILINGS, arguments(tmp_path, compile="default"))
     made.device = "cuda"
-    monkeypatch.setattr(network_bench, "graphed", lambda call: call)
+    monkeypatch.setattr(network_session, "graphed", lambda call: call)
     times = {"dense eager": 100.0, "dense graph": 80.0, "tetris eager": 50.0, "tetris graph": 20.0}
-    monkeypatch.setattr(network_bench, "time_us", clock(times))
+    monkeypatch.setattr(network_session, "time_us", clock(times))
     return made
 
 
 def whole_plan(session: Session) -> ModelPlan:
     """Half of every layer pruned in blocks of 32; dense 10 us, sparse 4 us."""
     layers = []
-    for name, layer in network_bench.prunable_layers(session.model).items():
-        rate = network_bench.resolve_sparsity(session.case.sparsity, {name: layer})[name]
+    for name, layer in network_session.prunable_layers(session.model).items():
+        rate = network_session.resolve_sparsity(session.case.sparsity, {name: layer})[name]
         candidates = (Candidate(None, 0.0, 1.0, 1.0, 10.0), Candidate((32, 32), rate, 1 - rate, 0.6, 4.0))
         candidates += (Candidate((32, 32), rate / 2, 1 - rate / 2, 0.8, 6.0),)
         layers.append(
@@ -55,7 +58,7 @@ def whole_plan(session: Session) -> ModelPlan:
 
 def test_graphs_are_timed_against_the_fastest_dense_variant(session: Session) -> None:
     plan = whole_plan(session)
-    rows = {row.provider: row for row in session.network_rows(session.dense.folded, plan, error=1e-6)}
+    rows = {row.provider: row for row in session.network_rows(session.dense.folded, 1e-6, plan)}
     assert set(rows) == {"dense eager", "dense graph", "tetris eager", "tetris graph"}
     assert rows["tetris graph"].speedup == 4 and rows["dense eager"].speedup == 0.8
     assert rows["tetris graph"].flop < rows["dense graph"].flop and rows["tetris graph"].error == 1e-6
@@ -65,7 +68,7 @@ def test_graphs_are_timed_against_the_fastest_dense_variant(session: Session) ->
 
 
 def test_a_wrong_network_is_not_timed(session: Session) -> None:
-    rows = session.network_rows(session.dense.folded, whole_plan(session), error=math.nan)
+    rows = session.network_rows(session.dense.folded, math.nan, whole_plan(session))
     status = {row.provider: row.status for row in rows}
     assert status == {"dense eager": OK, "dense graph": OK, "tetris eager": WRONG, "tetris graph": WRONG}
 
@@ -74,28 +77,29 @@ def test_a_variant_that_does_not_run_is_named(session: Session) -> None:
     def fails(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory\nmore")
 
-    rows = session.network_rows(fails, whole_plan(session), error=0.0)  # type: ignore[arg-type]
+    rows = session.network_rows(fails, 0.0, whole_plan(session))  # type: ignore[arg-type]
     assert {row.provider: row.status for row in rows if row.status != OK} == dict.fromkeys(
         ("tetris eager", "tetris graph"), f"{FAILED}: out of memory"
     )
 
 
-def test_compiled_variants_are_offered_where_asked(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_variants_are_offered_where_the_dense_one_is(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     compiled = Dense(session.model, session.dense.folded, lambda x: calls.append(x.shape), session.dense.epilogues)
     session.dense = compiled
-    session.args.compile_converted = True
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     found = session.providers(session.dense.folded)
-    assert {"dense compile+graph", "tetris compile+graph"} < set(found)
+    assert {f"dense {COMPILED}", f"tetris {COMPILED}"} < set(found)
     session.compile_dense()
-    found["dense compile+graph"]()
+    found[f"dense {COMPILED}"]()
     assert calls == [session.x.shape] * 2
 
 
 def test_layers_are_compared_with_the_library_at_the_asked_rate(session: Session) -> None:
     rows = session.layer_rows(whole_plan(session))
-    assert {row.provider for row in rows} == {network_bench.LIBRARY["linear"], "32x32"}
+    assert {row.provider for row in rows} == {network_session.LIBRARY["linear"], "32x32"}
     assert {row.speedup for row in rows} == {1.0, 2.5}  # the candidate at another rate is left out
 
 
@@ -103,14 +107,41 @@ def test_a_session_on_a_gpu_takes_stored_choices_or_tunes(session: Session, monk
     used = []
     plan = whole_plan(session)
     monkeypatch.setattr(session, "plan", lambda: plan)
-    monkeypatch.setattr(network_bench, "apply_tuned", lambda *given: used.append("stored"))
-    monkeypatch.setattr(network_bench, "tune_model", lambda *given, budget: used.append(budget))
-    rows = session.rows()
-    best = next(row for row in rows if row.provider == "tetris graph")
+    monkeypatch.setattr(network_session, "apply_tuned", lambda *given: used.append("stored"))
+    monkeypatch.setattr(network_session, "tune_model", lambda *given, budget: used.append(budget))
+    session.measure()
+    best = next(row for row in session.rows if row.provider == "tetris graph")
     assert best.status == OK and best.error < 1e-5 and best.speedup == 4
     session.args.tune = 5
-    session.rows()
+    session.measure()
     assert used == ["stored", 5]
+
+
+def test_a_network_that_is_slower_as_a_whole_is_measured_with_fewer_layers(
+    session: Session, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, asked = whole_plan(session), []
+    monkeypatch.setattr(session, "plan", lambda: plan)
+    monkeypatch.setattr(
+        session, "convert", lambda chosen: (asked.append(list(chosen.blocks)) or session.dense.folded, 0.0)
+    )
+    monkeypatch.setattr(network_session, "time_us", clock({"dense eager": 100.0}, otherwise=200.0))
+    session.args.save_plan = True
+    session.measure()
+    assert asked == [["fc1", "fc2"], ["fc2"]]
+    assert session.rows[-1].status == "skipped: every layer dense: the converted network as a whole was slower"
+    saved = ModelPlan.load(tmp_path / "plans" / f"{CASE.name}_b4.json")
+    assert saved.blocks == {} and saved.end_to_end is not None and saved.end_to_end.speedup == 1.0
+
+
+def test_permutations_share_is_a_column(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"gather_rows_kernel": (1, 25.0), "conv2d_kernel": (2, 75.0)}
+    monkeypatch.setattr(network_session, "profile_kernels", lambda run, device: KernelProfile(kernels))
+    session.args.profile = True
+    rows = session.network_rows(session.dense.folded, 1e-6, whole_plan(session))
+    assert {row.provider: row.extra.get("permutation_share") for row in rows} == {
+        "dense eager": None, "dense graph": 0.25, "tetris eager": None, "tetris graph": 0.25
+    }  # fmt: skip
 
 
 def test_a_saved_plan_is_used_again(session: Session, tmp_path) -> None:
@@ -120,31 +151,55 @@ def test_a_saved_plan_is_used_again(session: Session, tmp_path) -> None:
     assert session.plan() == plan
 
 
-def test_kernels_are_compiled_while_torch_compiles(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_compiled_ahead_side_by_side(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[object] = []
 
     class FakeSession:
         def __init__(self, case, dense, batch, *rest) -> None:
-            self.case, self.batch, self.name = case, batch, f"{case.name} b{batch}"
+            self.case, self.batch, self.name, self.dtype = case, batch, f"{case.name} b{batch}", torch.float32
+            self.rows: list[Row] = []
 
         def jobs(self) -> list[object]:
             return []
 
-        def compile_dense(self) -> None:
-            events.append(("dense", self.batch))
+        def row(self, provider: str, **values) -> Row:
+            return Row("network", self.name, provider, **values)
 
-        def rows(self) -> list[Row]:
+        def compile_dense(self) -> None:
+            events.append(("met", self.batch))
+
+        def measure(self) -> None:
+            self.rows = [self.row("cublas", extra={"layer": "fc1"})]
             if self.batch == 2:
                 raise RuntimeError("too large\nmore")
-            return [Row("network", self.name, "tetris graph", median_us=1.0)]
+            self.rows.append(self.row("tetris graph", median_us=1.0))
 
     monkeypatch.setattr(network_bench, "Session", FakeSession)
     monkeypatch.setattr(network_bench, "Dense", SimpleNamespace(of=lambda *given: given))
     monkeypatch.setattr(network_bench, "measure_ceilings", lambda device, dtype: CEILINGS)
     monkeypatch.setattr(network_bench, "device_info", lambda device: H200)
-    workers = SimpleNamespace(wait=lambda seconds: events.append(("waited", seconds)) or [])
+    workers = SimpleNamespace(wait=lambda seconds: events.append(("kernels", seconds)) or [])
     monkeypatch.setattr(network_bench, "start_workers", lambda jobs, device: events.append("started") or workers)
+    monkeypatch.setattr(compile_dense, "start", lambda *given: events.append(given[:2]) or given[1])
+    monkeypatch.setattr(compile_dense, "wait", lambda batch, seconds: events.append(("waited", batch)) or "")
     rows = network_bench.run(arguments(tmp_path, device="cuda", model=[CASE.name], batch=[1, 2]))
-    assert events == ["started", ("dense", 1), ("dense", 2), ("waited", 60)]
-    assert [row.status for row in rows] == [OK, f"{FAILED}: RuntimeError: too large"]
-    assert len(read_csv(tmp_path / "network.csv")) == 2
+    assert events == [
+        (CASE.name, 1), (CASE.name, 2), "started", ("kernels", 90), ("waited", 1), ("waited", 2), ("met", 1), ("met", 2)
+    ]  # fmt: skip
+    assert [row.status for row in rows] == [OK, OK, OK, f"{FAILED}: RuntimeError: too large"]
+    assert len(read_csv(tmp_path / "network.csv")) == 4
+
+
+def test_a_dense_network_is_compiled_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x: calls.append((x.shape, x.dtype, options)))
+    compile_dense.main("small-mlp", "4", "cpu", "float16", "default")
+    assert calls == [((4, 256), torch.float16, {"mode": "default", "dynamic": False})]
+    process = compile_dense.start("small-mlp", 2, "nowhere", torch.float32, "default")
+    assert "nowhere" in compile_dense.wait(process, 120.0)
+
+
+def test_a_compilation_that_takes_too_long_is_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE, text=True)
+    assert "ended after 0 s" in compile_dense.wait(process, 0.0)
+    assert process.returncode is not None
