@@ -26,7 +26,8 @@ from tetris.masking import bake_masks, reorderings
 from tetris.orders import input_gather, output_scatter, storage_orders
 from tetris.permutation import expand, is_identity
 from tetris.plans import ModelPlan
-from tetris.reordering import Reordering
+from tetris.pruning import Block
+from tetris.reordering import Reordering, reorder
 from tetris.specs import match, prunable_layers
 from tetris.stem import StemConv2d
 
@@ -100,7 +101,8 @@ def convert(
         example_inputs: to trace the model with, on its device. Without them (or when tracing fails, with a warning)
             every layer permutes its own inputs and outputs and nothing is fused.
         dense: glob patterns of pruned layers to run dense, for example where measuring says that dense is faster.
-        plan: kernel configs by layer, from :func:`tetris.plan`; layers it calls dense run dense.
+        plan: kernel configs by layer, from :func:`tetris.plan`; layers it calls dense run dense, layers that it gives a
+            block without pruning them run on the block kernel with all blocks kept (traced models only).
         fuse: fold batch norms and fuse activations and residual adds (needs tracing).
     Returns:
         a model for inference (evaluation mode, no gradients), drop-in for the same inputs and outputs; its channel
@@ -125,9 +127,11 @@ def convert(
             graph = channel_groups(model, example_inputs)
         except UnsupportedError as error:
             warnings.warn(f"convert: {error}; every layer keeps its own permutations", stacklevel=2)
-    configs = {n: plan[n].config for n in sparse if plan is not None and n in plan}
+    full = plan.full_layers if plan is not None and graph is not None and fuse else {}
+    full = {n: block for n, block in full.items() if n not in masked}
+    configs = {n: plan[n].config for n in [*sparse, *full] if plan is not None and n in plan}
     bake_masks(model)
-    converter = _Converter(model, graph, sparse, configs, fuse)
+    converter = _Converter(model, graph, sparse, full, configs, fuse)
     converted = converter.run()
     for name in masked.keys() - sparse.keys():
         converter.layers[name].reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
@@ -148,10 +152,11 @@ class _Converter:
         model: nn.Module,
         graph: ModelGraph | None,
         sparse: dict[str, Reordering],
+        full: dict[str, Block],
         configs: dict[str, str],
         fuse: bool,
     ) -> None:
-        self.graph, self.sparse, self.configs, self.fuse = graph, sparse, configs, fuse
+        self.graph, self.sparse, self.full, self.configs, self.fuse = graph, sparse, full, configs, fuse
         self.target: nn.Module = graph.module if graph else model
         self.layers = {n: ConvertedLayer(n, "dense") for n in prunable_layers(self.target)}
 
@@ -192,8 +197,12 @@ class _Converter:
                 scatter = output_scatter(order_out, own.get(0, torch.arange(len(order_out))))
                 self.replace(name, self.sparse[name], gather, scatter)
             else:
-                _permute_dense(traced.get_submodule(name), order_out, order_in)
-                self.replace_stem(name)
+                module = _permute_dense(traced.get_submodule(name), order_out, order_in)
+                if name in self.full:
+                    everything = reorder(module.weight, self.full[name], 0.0, "none")
+                    self.replace(name, everything, None, None)
+                else:
+                    self.replace_stem(name)
         if self.fuse:
             for name, operations in fuse_epilogues(traced).items():
                 self.layers[name].fused = operations
@@ -236,13 +245,14 @@ def _permute_parameters(module: nn.Module, order: torch.Tensor) -> None:
             tensor.data = tensor.data[order.to(tensor.device)]
 
 
-def _permute_dense(module: nn.Module, order_out: torch.Tensor, order_in: torch.Tensor) -> None:
-    """A dense layer's weight in the storage orders of its output and input channels."""
+def _permute_dense(module: nn.Module, order_out: torch.Tensor, order_in: torch.Tensor) -> nn.Conv2d | nn.Linear:
+    """Put a dense layer's weight in the storage orders of its output and input channels; returns the layer."""
     assert isinstance(module, nn.Conv2d | nn.Linear)
     weight = module.weight.data
     module.weight.data = weight[order_out.to(weight.device)][:, order_in.to(weight.device)]
     if module.bias is not None:
         module.bias.data = module.bias.data[order_out.to(weight.device)]
+    return module
 
 
 def _clean(traced: fx.GraphModule) -> None:

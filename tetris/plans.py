@@ -61,7 +61,8 @@ class LayerPlan:
         kind: "conv2d" or "linear".
         shape: the weight's shape.
         block: the (out, in) block to prune and run with; None leaves the layer dense.
-        sparsity: fraction of its blocks to prune; 0 where dense.
+        sparsity: fraction of its blocks to prune; 0 where dense. 0 with a block runs the dense weights on the block
+            kernel, whose epilogue saves passes over memory.
         importance: total importance of the weight, the unit in which losses of different layers are added.
         input_shape: shape of the input that was measured; () if nothing was measured.
         candidates: everything measured, the dense layer first; () in a plan written by hand.
@@ -188,6 +189,11 @@ class ModelPlan:
     def sparsities(self) -> dict[str, float]:
         """Layer name -> sparsity, for the layers that are not dense."""
         return {layer.name: layer.sparsity for layer in self.layers if layer.block is not None}
+
+    @property
+    def full_layers(self) -> dict[str, Block]:
+        """Layer name -> block, for layers that run on the block kernel without being pruned (for its epilogue)."""
+        return {name: block for name, block in self.blocks.items() if self[name].sparsity == 0.0}
 
     @property
     def dense_us(self) -> float:
