@@ -10,8 +10,9 @@ from tetris.autotune.problems import Problem
 from tetris.autotune.space import Config, config_space, default_config
 from tetris.kernels.configs import DeviceInfo
 
-WITHIN = 1.3
-"""A full search leaves out portable configurations that are estimated to take longer than this times the best."""
+WITHIN, PORTABLE_WITHIN = 2.0, 1.3
+"""A full search leaves out what is estimated to take longer than this times the best; of the portable kernel less is
+worth trying, because it has hundreds of configurations and wins where the specialised ones do not run."""
 MOST_PORTABLE = 32
 """Of equal estimates (everything bound by memory) so many portable configurations are enough."""
 
@@ -21,17 +22,19 @@ def candidates(problem: Problem, device: DeviceInfo, max_pool: bool = False, bud
 
     Args:
         problem, device, max_pool: as for ``config_space``.
-        budget: how many, the most promising and most different ones; None = a full search: every valid configuration
-            of the specialised kernels, and the portable kernel's as far as :data:`WITHIN` and :data:`MOST_PORTABLE` go.
+        budget: how many, the most promising and most different ones; None = a full search, see :data:`WITHIN` and
+            :data:`MOST_PORTABLE`.
     """
     default = default_config(problem, device, max_pool)
     ranked = rank(problem, device, config_space(problem, device, max_pool))
     if budget is not None:  # half of them by the estimate alone, half against its errors
         return list(dict.fromkeys([default, *ranked[: budget // 2], *spread(ranked, budget)]))[: max(budget, 1)]
-    limit = WITHIN * estimate_us(problem, device, ranked[0])
-    portable = [c for c in ranked if c.kernel == "portable" and estimate_us(problem, device, c) <= limit]
-    chosen = {*spread(portable, MOST_PORTABLE), *(c for c in ranked if c.kernel != "portable")}
-    return [default, *(config for config in ranked if config in chosen and config != default)]
+    best = estimate_us(problem, device, ranked[0])
+    limits = {config: PORTABLE_WITHIN if config.kernel == "portable" else WITHIN for config in ranked}
+    worth = [config for config in ranked if estimate_us(problem, device, config) <= limits[config] * best]
+    portable = set(spread([config for config in worth if config.kernel == "portable"], MOST_PORTABLE))
+    full = [config for config in worth if config.kernel != "portable" or config in portable]
+    return list(dict.fromkeys([default, *full]))
 
 
 def spread(ranked: Sequence[Config], count: int) -> list[Config]:

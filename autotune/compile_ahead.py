@@ -23,7 +23,7 @@ from tetris.autotune.team import Team, processes_here
 
 MOST_WORKERS = 15
 """Each holds a GPU context and the operands of one layer."""
-JOB_SECONDS = 90.0
+JOB_SECONDS = 60.0
 """A job that takes longer hangs."""
 
 
