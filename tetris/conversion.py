@@ -25,8 +25,7 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.masking import bake_masks, reorderings
 from tetris.orders import input_gather, output_scatter, storage_orders
 from tetris.permutation import expand, is_identity
-from tetris.plans import ModelPlan
-from tetris.pruning import Block
+from tetris.plans import Block, ModelPlan
 from tetris.reordering import Reordering, reorder
 from tetris.specs import match, prunable_layers
 from tetris.stem import StemConv2d
