@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from tetris.autotune.decide import choose_block
 from tetris.autotune.measure import DenseLayer, Epilogue, LayerTimer, Measured
 from tetris.autotune.problems import LayerInput
@@ -16,6 +18,11 @@ from tetris.pruning import Block
 
 FULL_BLOCKS: tuple[Block, ...] = ((64, 64), (128, 128))
 """With everything kept a block is only a tile: the two that the matrix units like best."""
+
+
+def may_gain(device: torch.device, epilogue: Epilogue | None) -> bool:
+    """Whether an unpruned layer is worth measuring: on a GPU, with something behind it to fuse."""
+    return device.type == "cuda" and epilogue is not None and (epilogue.residual or epilogue.activation != "none")
 
 
 @dataclass
@@ -32,7 +39,7 @@ class UnprunedLayers:
     def decide(self, found: LayerPlan, layer: DenseLayer, x: LayerInput, epilogue: Epilogue | None) -> LayerPlan:
         """``found`` with measurements and a choice: dense, or in blocks at sparsity 0."""
         device = self.timer.device or x.device
-        if device.type != "cuda" or epilogue is None or not (epilogue.residual or epilogue.activation != "none"):
+        if not may_gain(device, epilogue):
             return replace(found, reason="dense: no sparsity was asked for it")
         case = (repr(layer), x.shape, x.dtype, epilogue)
         if case not in self._known:

@@ -22,6 +22,7 @@ from tetris.autotune.planner import fused_epilogues, plan
 from tetris.autotune.problems import capture_inputs, problem_at
 from tetris.autotune.timer import Timing, graphed, time_us
 from tetris.autotune.tuner import apply_tuned, tune_model
+from tetris.autotune.unpruned import FULL_BLOCKS, may_gain
 from tetris.autotune.whole_network import dense_baseline
 from tetris.bench.kernel_profile import KernelProfile, profile_kernels
 from tetris.bench.network_work import dense_work
@@ -29,7 +30,7 @@ from tetris.bench.networks import NetworkCase, trained_like
 from tetris.bench.rows import FAILED, OK, WRONG, Row
 from tetris.plans import EndToEnd, ModelPlan, block_label
 from tetris.pruning import Block, fit_block
-from tetris.specs import match, prunable_layers, resolve_sparsity
+from tetris.specs import match, prunable_layers, resolve_sparsity, worth_pruning
 from tetris.tolerances import relative_error, tolerance
 
 LIBRARY = {"conv2d": "cudnn", "linear": "cublas"}
@@ -48,7 +49,7 @@ class Dense:
         model: as it is.
         folded: with batch norms folded into convolutions, as a user would run it.
         compiled: ``folded`` compiled, or None.
-        epilogues: what conversion fuses behind every layer that may be pruned.
+        epilogues: what conversion fuses behind every layer that may run on a block kernel.
     """
 
     model: nn.Module
@@ -63,8 +64,10 @@ class Dense:
         model, x = trained_like(case, device, dtype), case.inputs(1, device, dtype)
         folded = dense_baseline(model, x)
         compiled = None if mode == "none" else torch.compile(folded, mode=mode, dynamic=False)
-        rates = resolve_sparsity(case.sparsity, prunable_layers(model))
-        return Dense(model, folded, compiled, fused_epilogues(model, x, list(rates)))
+        layers = prunable_layers(model)
+        rates = resolve_sparsity(case.sparsity, layers)
+        planned = [n for n, layer in layers.items() if n in rates or worth_pruning(layer.weight.shape)]
+        return Dense(model, folded, compiled, fused_epilogues(model, x, planned))
 
 
 @dataclass
@@ -102,10 +105,12 @@ class Session:
         found = []
         blocks = match(self.blocks(), list(layers), "blocks")
         for name, x in capture_inputs(self.model, self.x, layers).items():
-            for block in blocks.get(name, ()) if name in rates else ():
+            epilogue = self.dense.epilogues.get(name)
+            full = FULL_BLOCKS if may_gain(x.device, epilogue) else ()
+            for block in blocks.get(name, ()) if name in rates else full:
                 fitted = fit_block(block, (layers[name].weight.shape[0], layers[name].weight.shape[1]))
-                problem = problem_at(layers[name], x, fitted, rates[name])
-                found.append(self.dense.epilogues[name].job(problem))
+                problem = problem_at(layers[name], x, fitted, rates.get(name, 0.0))
+                found.append((epilogue or Epilogue()).job(problem))
         return found
 
     def blocks(self) -> dict[str, tuple[Block, ...]]:
