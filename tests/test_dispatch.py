@@ -170,8 +170,9 @@ def test_permutations_run_as_steps_of_their_own_on_a_gpu(h200):
     def call(x, residual, permutations, launch):
         called.append((permutations, launch.config != ""))
         return ops.block_sparse_linear(
-            x, layer.blocks, layer.indptr, layer.indices, layer.bias, residual, None, None, [], 64, "relu", False, ""
-        )
+            x, layer.blocks, layer.indptr, layer.indices, layer.bias, residual, None, None, [], 64, "relu", False, "",
+            None,
+        )  # fmt: skip
 
     layer._call = call  # type: ignore[method-assign]
     got = layer._run(x.as_subclass(Elsewhere), residual, -1)
@@ -189,7 +190,7 @@ def test_the_gpu_operators_launch_the_kernels_of_their_configs(h200, device):
     x = torch.randn(20, 96, device=device)
     operands = (layer.values.view(-1, 16, 16), layer.indptr, layer.indices, None)
     run = ops.block_sparse_linear._init_fn
-    got = run(x, *operands, None, None, None, [], 64, "relu", False, "")
+    got = run(x, *operands, None, None, None, [], 64, "relu", False, "", None)
     expected = reference.block_sparse_linear(x, *operands, out_features=64, activation="relu")
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
     layout = random_layout((32, 16), (16, 16), 1.0)

@@ -143,7 +143,7 @@ def operands(kind: str):
     tensors = (x, values, layout.indptr.to(DEVICE), layout.indices.to(DEVICE), bias, None, p, q, [])
     if kind == "conv":
         return ops.block_sparse_conv2d, (*tensors, 20, [3, 3], [1, 1], [1, 1], [1, 1], "relu", True, False, "")
-    return ops.block_sparse_linear, (*tensors, 20, "gelu", False, "")
+    return ops.block_sparse_linear, (*tensors, 20, "gelu", False, "", None)
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])

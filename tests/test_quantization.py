@@ -8,7 +8,7 @@ import torch
 from tests.support.operands import random_layout
 from tetris.errors import UnsupportedError
 from tetris.packing import pack, unpack
-from tetris.quantization import LARGEST, dequantize, quantize, quantized, weight_dtype
+from tetris.quantization import LARGEST, dequantize, quantize, quantized, stored_dtype
 from tetris.tolerances import relative_error
 
 DTYPES = list(LARGEST)
@@ -67,8 +67,8 @@ def test_the_order_of_channels_does_not_matter(dtype):
 
 
 def test_dtypes_go_by_torch_or_by_name():
-    assert weight_dtype("int8") is weight_dtype(torch.int8) is torch.int8
-    assert weight_dtype("float8_e4m3fn") is torch.float8_e4m3fn
+    assert stored_dtype("int8") is stored_dtype(torch.int8) is torch.int8
+    assert stored_dtype("float8_e4m3fn") is torch.float8_e4m3fn
     for wanted in ("int4", torch.float16, "torch.int8"):
         with pytest.raises(UnsupportedError, match="wanted 'int8', 'float8_e4m3fn' or None"):
-            weight_dtype(wanted)
+            stored_dtype(wanted)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tetris import ops
-from tetris.dispatch import Launch
+from tetris.dispatch import Launch, dtype_name
 from tetris.errors import ShapeError, describe
 from tetris.layout import BlockLayout
 from tetris.packing import unpack
 from tetris.permutation import inverse, is_identity, validate
+from tetris.quantization import dequantize
 
 Permutations = tuple[Tensor | None, Tensor | None]
 
@@ -40,9 +41,12 @@ class BlockSparseLayer(FusedLayer):
         kept_fraction: kept blocks / all blocks.
         activation: "none", "relu", "relu6", "silu" or "gelu", applied in the epilogue.
         config: key of the kernel config; "" is the analytic default for the problem and device.
+        values, scales: the packed blocks, a parameter. Quantised ones (``tetris.quantization``) are a buffer, beside
+            them their fp32 scales [output channels] in the order of the block rows; otherwise None.
     """
 
-    values: nn.Parameter
+    values: Tensor
+    scales: Tensor | None
     bias: nn.Parameter | None
     indptr: Tensor
     indices: Tensor
@@ -54,6 +58,7 @@ class BlockSparseLayer(FusedLayer):
         shape: tuple[int, int],
         block: tuple[int, int],
         values: Tensor,
+        scales: Tensor | None = None,
         layout: BlockLayout | None = None,
         bias: bool = True,
         activation: str = "none",
@@ -61,14 +66,21 @@ class BlockSparseLayer(FusedLayer):
         input_permutation: Tensor | None = None,
         output_permutation: Tensor | None = None,
         config: str = "",
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.block, self.n_blocks = shape, block, values.shape[0]
         self.activation, self.kept_fraction, self.config = activation, kept_fraction, config
         device = values.device
         # Taps and outputs share a dimension: `model.to(memory_format=torch.channels_last)` restrides 4-D parameters.
-        self.values = nn.Parameter(values.reshape(self.n_blocks, -1, block[1]), requires_grad=False)
-        self.bias = nn.Parameter(values.new_zeros(shape[0]), requires_grad=False) if bias else None
+        stored = values.reshape(self.n_blocks, -1, block[1])
+        if scales is None:
+            self.values = nn.Parameter(stored, requires_grad=False)
+        else:
+            self.register_buffer("values", stored)
+        self.register_buffer("scales", scales)
+        dtype = dtype or (values.dtype if scales is None else torch.float32)
+        self.bias = nn.Parameter(values.new_zeros(shape[0], dtype=dtype), requires_grad=False) if bias else None
         rows = -(-shape[0] // block[0])
         indptr = torch.zeros(rows + 1, dtype=torch.int32) if layout is None else layout.indptr
         indices = torch.zeros(self.n_blocks, dtype=torch.int32) if layout is None else layout.indices
@@ -91,8 +103,11 @@ class BlockSparseLayer(FusedLayer):
         return self.values
 
     def dense_weight(self) -> Tensor:
-        """The dense weight [C_OUT, C_IN, ...] in the order of the inputs and outputs; pruned blocks are zero."""
-        weight = unpack(self.blocks, self.layout, self._kernel_size())
+        """The dense weight [C_OUT, C_IN, ...] in the order of the inputs and outputs; pruned blocks are zero.
+
+        That of quantised weights is what they stand for, in fp32.
+        """
+        weight = unpack(self._blocks_in(torch.float32), self.layout, self._kernel_size())
         if self.output_permutation is not None:
             weight = weight[inverse(self.output_permutation)]
         return weight if self.input_permutation is None else weight[:, inverse(self.input_permutation)]
@@ -102,6 +117,10 @@ class BlockSparseLayer(FusedLayer):
         if self.bias is None or self.output_permutation is None:
             return self.bias
         return self.bias[inverse(self.output_permutation)]
+
+    def _blocks_in(self, dtype: torch.dtype) -> Tensor:
+        """The blocks; quantised ones times their scales, in ``dtype``."""
+        return self.blocks if self.scales is None else dequantize(self.blocks, self.scales, self.indptr, dtype)
 
     def _kernel_size(self) -> tuple[int, ...]:
         return ()
@@ -124,11 +143,16 @@ class BlockSparseLayer(FusedLayer):
         """The CPU path's repacked operands, made for inputs of x's size, once and again whenever the values change."""
         if torch.compiler.is_compiling() and self._prepared is not None:
             return self._prepared
-        version = 0 if self.values.is_inference() else self.values._version  # inference tensors cannot be changed
-        state = (self.values.data_ptr(), version, self.values.dtype)
+        state = (*self._values_state(), x.dtype)
         if self._prepared_from != state:
             self._prepared, self._prepared_from = self._prepare(x), state
         return self._prepared
+
+    def _values_state(self) -> tuple:
+        """Changes whenever the values change."""
+        tensors = [self.values] if self.scales is None else [self.values, self.scales]
+        # inference tensors cannot be changed
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
         raise NotImplementedError
@@ -164,6 +188,15 @@ class BlockSparseLayer(FusedLayer):
             found = self._launches[key] = self._make_launch(x)
         return found
 
+    def _apply(self, *args: Any, **options: Any) -> BlockSparseLayer:
+        """Quantised weights and their scales move with the model but keep their dtypes."""
+        before = {} if self.scales is None else {"values": self.values, "scales": self.scales}
+        super()._apply(*args, **options)
+        for name, tensor in before.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._launches.clear()
@@ -174,6 +207,7 @@ class BlockSparseLayer(FusedLayer):
     def extra_repr(self) -> str:
         parts = [f"{self.shape[1]}, {self.shape[0]}", f"block={self.block[0]}x{self.block[1]}"]
         parts.append(f"kept={self.kept_fraction:.3f}")
+        parts += [f"weights={dtype_name(self.values.dtype)}"] if self.scales is not None else []
         parts += [f"activation={self.activation}"] if self.activation != "none" else []
         parts += ["permutes input"] if self.input_permutation is not None else []
         parts += ["permutes output"] if self.output_permutation is not None else []

@@ -22,29 +22,41 @@ from tetris.kernels.cpu import linear as cpu_linear
 from tetris.layout import BlockLayout
 from tetris.packing import pack
 from tetris.permutation import apply
+from tetris.quantization import quantize, stored_dtype
 from tetris.reordering import Reordering
 
 
-def _packed(weight: Tensor, reordering: Reordering, name: str) -> tuple[Tensor, BlockLayout, float]:
-    """(values, layout without empty rows, kept fraction) of a dense weight in the original order."""
+def _masked(weight: Tensor, reordering: Reordering, name: str) -> tuple[Tensor, BlockLayout, float]:
+    """(reordered masked weight, layout without empty rows, kept fraction) of a dense weight in the original order."""
     if tuple(weight.shape) != tuple(reordering.shape):
         raise ShapeError(f"{name}: the reordering is for a weight of {tuple(reordering.shape)}; got {describe(weight)}")
     layout = reordering.layout
     ordered = apply(weight.detach() * reordering.keep_mask.to(weight.device), reordering.permutations)
     stored = layout.without_empty_rows()
     stored = BlockLayout(stored.shape, stored.block, stored.indptr.to(weight.device), stored.indices.to(weight.device))
-    return pack(ordered, stored), stored, layout.kept_fraction
+    return ordered, stored, layout.kept_fraction
 
 
 class BlockSparseLinear(BlockSparseLayer):
-    """y = activation(x W^T + bias + residual) with a block-sparse W (eq. 2); x is [..., in_features]."""
+    """y = activation(x W^T + bias + residual) with a block-sparse W (eq. 2); x is [..., in_features].
+
+    Weights may be quantised (``weight_dtype`` "int8" or "float8_e4m3fn", or values with scales), x and y are not.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, block: tuple[int, int], n_blocks: int, **options: Any
+        self,
+        in_features: int,
+        out_features: int,
+        block: tuple[int, int],
+        n_blocks: int,
+        weight_dtype: str = "",
+        **options: Any,
     ) -> None:
-        values = options.pop("values", None)
+        values, device = options.pop("values", None), options.pop("device", None)
         if values is None:
-            values = torch.zeros(n_blocks, *block, dtype=options.pop("dtype", None), device=options.pop("device", None))
+            dtype = stored_dtype(weight_dtype) if weight_dtype else options.get("dtype")
+            values = torch.zeros(n_blocks, *block, dtype=dtype, device=device)
+            options["scales"] = torch.ones(out_features, device=device) if weight_dtype else None
         super().__init__((out_features, in_features), block, values, **options)
 
     @property
@@ -54,6 +66,11 @@ class BlockSparseLinear(BlockSparseLayer):
     @property
     def out_features(self) -> int:
         return self.shape[0]
+
+    @property
+    def weight_dtype(self) -> str:
+        """The dtype of quantised weights; "" = the activations'."""
+        return "" if self.scales is None else dtype_name(self.values.dtype)
 
     @classmethod
     def from_dense(
@@ -65,6 +82,7 @@ class BlockSparseLinear(BlockSparseLayer):
         input_permutation: Tensor | str | None = "own",
         output_permutation: Tensor | str | None = "own",
         config: str = "",
+        weight_dtype: torch.dtype | str | None = None,
     ) -> BlockSparseLinear:
         """The block-sparse form of a linear layer.
 
@@ -76,22 +94,28 @@ class BlockSparseLinear(BlockSparseLayer):
                 None = they arrive (leave) in the reordered order; a tensor = this gather of the inputs (this scatter
                 of the outputs), for a layer between neighbours that keep other orders.
             config: kernel config key.
+            weight_dtype: "int8" or "float8_e4m3fn" store the weights in one byte with a scale an output channel; None
+                keeps their dtype.
         """
         if not isinstance(linear, nn.Linear):
             raise UnsupportedError(f"BlockSparseLinear.from_dense: wanted an nn.Linear; got {type(linear).__name__}")
-        values, layout, kept = _packed(linear.weight, reordering, "BlockSparseLinear.from_dense")
+        weight, layout, kept = _masked(linear.weight, reordering, "BlockSparseLinear.from_dense")
+        scales = None
+        if weight_dtype is not None:
+            weight, scales = quantize(weight, stored_dtype(weight_dtype))
         own = _own_permutations(reordering, input_permutation, output_permutation)
         layer = cls(
-            linear.in_features, linear.out_features, layout.block, layout.n_blocks, values=values, layout=layout,
-            bias=linear.bias is not None, activation=activation, kept_fraction=kept, config=config, **own,
+            linear.in_features, linear.out_features, layout.block, layout.n_blocks, values=pack(weight, layout),
+            scales=scales, layout=layout, bias=linear.bias is not None, activation=activation, kept_fraction=kept,
+            config=config, dtype=linear.weight.dtype, **own,
         )  # fmt: skip
         return cast(BlockSparseLinear, _copy_bias(layer, linear.bias, reordering).train(linear.training))
 
     def _prepare(self, x: Tensor) -> Any:
         return cpu_linear.prepare(
-            self.values, self.indptr, self.indices, in_features=self.in_features, out_features=self.out_features,
-            input_permutation=self.input_permutation, output_permutation=self.output_permutation,
-            tokens=x.numel() // self.in_features,
+            self._blocks_in(x.dtype), self.indptr, self.indices, in_features=self.in_features,
+            out_features=self.out_features, input_permutation=self.input_permutation,
+            output_permutation=self.output_permutation, tokens=x.numel() // self.in_features,
         )  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -104,14 +128,15 @@ class BlockSparseLinear(BlockSparseLayer):
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
         return ops.block_sparse_linear(
             x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
-            self.out_features, self.activation, torch.backends.cuda.matmul.allow_tf32, launch.config,
+            self.out_features, self.activation, torch.backends.cuda.matmul.allow_tf32, launch.config, self.scales,
         )  # fmt: skip
 
     def _make_launch(self, x: Tensor) -> Launch:
         tokens = x.numel() // x.shape[-1]
         problem = LinearProblem(
-            tokens, self.in_features, self.out_features, self.block, dtype_name(x.dtype), self.n_blocks
-        )
+            tokens, self.in_features, self.out_features, self.block, dtype_name(x.dtype), self.n_blocks,
+            self.weight_dtype,
+        )  # fmt: skip
         return linear_launch(problem, self.indptr, self.indices, key=self.config)
 
 
@@ -172,11 +197,11 @@ class BlockSparseConv2d(BlockSparseLayer):
         if not isinstance(conv, nn.Conv2d):
             raise UnsupportedError(f"BlockSparseConv2d.from_dense: wanted an nn.Conv2d; got {type(conv).__name__}")
         padding = supported_padding(conv)
-        values, layout, kept = _packed(conv.weight, reordering, "BlockSparseConv2d.from_dense")
+        weight, layout, kept = _masked(conv.weight, reordering, "BlockSparseConv2d.from_dense")
         own = _own_permutations(reordering, input_permutation, output_permutation)
         layer = cls(
             conv.in_channels, conv.out_channels, pair(conv.kernel_size), layout.block, layout.n_blocks,
-            pair(conv.stride), padding, pair(conv.dilation), values=values, layout=layout,
+            pair(conv.stride), padding, pair(conv.dilation), values=pack(weight, layout), layout=layout,
             bias=conv.bias is not None, activation=activation, kept_fraction=kept, config=config, **own,
         )  # fmt: skip
         return cast(BlockSparseConv2d, _copy_bias(layer, conv.bias, reordering).train(conv.training))

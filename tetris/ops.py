@@ -29,7 +29,8 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.conv2d_paths import conv2d_launcher
 from tetris.kernels.device import device_info
-from tetris.kernels.linear_paths import linear_launcher
+from tetris.kernels.linear_paths import linear_launcher, refuses_weights
+from tetris.quantization import LARGEST, dequantize
 from tetris.reference import dense_weight, finish
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,12 +45,15 @@ def conv2d_config(problem: Conv2dProblem, device: DeviceInfo, key: str) -> Conv2
 @functools.lru_cache(maxsize=4096)
 def linear_config(problem: LinearProblem, device: DeviceInfo, key: str) -> LinearConfig:
     """The config of a key, or the portable default for the problem; pure, so remembering it is safe."""
+    if reason := refuses_weights(problem.weight_dtype, device):
+        raise UnsupportedError(f"BlockSparseLinear: {problem.weight_dtype} weights: {reason}; convert with 'int8'")
     return LinearConfig.from_key(key) if key else default_linear_config(problem, device)
 
 
 def check_dtypes(op: str, x: Tensor, values: Tensor) -> None:
-    """Inputs and weights must share one supported dtype and one device."""
-    if x.dtype != values.dtype or x.device != values.device or x.dtype not in DTYPES:
+    """Inputs and weights must share one device and, unless the weights are quantised, one supported dtype."""
+    fits = x.dtype == values.dtype or values.dtype in LARGEST
+    if not fits or x.device != values.device or x.dtype not in DTYPES:
         raise UnsupportedError(
             f"{op}: wanted input and weights on one device in one of float16, bfloat16, float32; "
             f"got input {describe(x)} and weights {describe(values)}; convert one with .to(...)"
@@ -189,10 +193,12 @@ def block_sparse_linear(
     activation: str,
     allow_tf32: bool,
     config: str,
+    scales: Tensor | None,
 ) -> Tensor:
     """activation(x W^T + bias + residual), W block-sparse (eq. 2); x is [..., C_IN], the result [..., C_OUT].
 
-    Arguments as in :func:`block_sparse_conv2d`; values are [n_blocks, BLOCK_OUT, BLOCK_IN].
+    Arguments as in :func:`block_sparse_conv2d`; values are [n_blocks, BLOCK_OUT, BLOCK_IN], of x's dtype or quantised
+    (``tetris.quantization``) with fp32 ``scales`` [C_OUT] in block-row order.
     Cost: 2 tokens n_blocks BLOCK_OUT BLOCK_IN FLOP.
     """
     device = device_info(x.device)
@@ -203,6 +209,7 @@ def block_sparse_linear(
         block=(values.shape[-2], values.shape[-1]),
         dtype=dtype_name(x.dtype),
         n_blocks=values.shape[0],
+        weight_dtype="" if scales is None else dtype_name(values.dtype),
     )
     chosen = linear_config(problem, device, config)
     extra = {"schedule": schedule or None} if chosen.kernel == "hopper" else {}
@@ -220,26 +227,27 @@ def block_sparse_linear(
         allow_tf32=allow_tf32,
         config=chosen,
         **extra,
+        **({} if scales is None else {"scales": scales}),
     )
 
 
 @block_sparse_linear.register_kernel("cpu")
 def _linear_cpu(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
-    out_features, activation, allow_tf32, config,
+    out_features, activation, allow_tf32, config, scales,
 ):  # fmt: skip
     from tetris.kernels.cpu.linear import block_sparse_linear as run
 
     return run(
         x, values, indptr, indices, bias, out_features=out_features, activation=activation, residual=residual,
-        input_permutation=input_permutation, output_permutation=output_permutation,
+        input_permutation=input_permutation, output_permutation=output_permutation, scales=scales,
     )  # fmt: skip
 
 
 @block_sparse_linear.register_fake
 def _linear_shape(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
-    out_features, activation, allow_tf32, config,
+    out_features, activation, allow_tf32, config, scales,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -293,16 +301,20 @@ def _register_dense_gradient(op: Any, dense: Callable[..., Tensor]) -> None:
     """Gradients of x, values, bias and residual by differentiating ``dense``, which recomputes the forward pass.
 
     Training a converted layer therefore costs what the dense layer costs; fine-tune the masked model instead.
+    A tensor as the last argument is the scales of quantised values; neither get a gradient.
     """
     # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
     n_tensors = 8
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:n_tensors])
-        ctx.schedule, ctx.arguments = [None] * len(inputs[n_tensors]), inputs[n_tensors + 1 :]
+        scales = inputs[-1] if isinstance(inputs[-1], Tensor) else None
+        ctx.save_for_backward(*inputs[:n_tensors], scales)
+        ctx.schedule = [None] * len(inputs[n_tensors])
+        ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs[n_tensors + 1 :]]
 
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        x, values, indptr, indices, bias, residual, input_permutation, output_permutation = ctx.saved_tensors
+        x, values, indptr, indices, bias, residual, input_permutation, output_permutation, scales = ctx.saved_tensors
+        values = values if scales is None else dequantize(values, scales, indptr, x.dtype)
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
         with torch.enable_grad():
             leaves = [t if t is None else t.detach().requires_grad_() for t in (x, values, bias, residual)]

@@ -17,7 +17,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The stored dtypes and the value that a channel's largest weight becomes."""
 
 
-def weight_dtype(wanted: torch.dtype | str) -> torch.dtype:
+def stored_dtype(wanted: torch.dtype | str) -> torch.dtype:
     """``"int8"`` or ``torch.int8`` -> ``torch.int8``; UnsupportedError for what weights cannot be stored in."""
     for dtype in LARGEST:
         if wanted in (dtype, str(dtype).removeprefix("torch.")):
