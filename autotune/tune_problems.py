@@ -21,9 +21,10 @@ from tetris.autotune.cost import estimate_us
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.problems import LayerInput, Problem, SparseLayer, pools, problem_of
 from tetris.autotune.space import Config
-from tetris.autotune.store import Entry, TuningStore, problem_key
+from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.kernels.configs import DeviceInfo
+from tetris.tuned_choices import Entry, problem_key
 
 FINALISTS = 4
 """So many of a race are timed again, beside the default."""

@@ -17,13 +17,14 @@ from torch import nn
 from tetris.autotune.device import device_info
 from tetris.autotune.problems import SparseLayer, capture_inputs, pools, problem_of
 from tetris.autotune.space import is_valid
-from tetris.autotune.store import Entry, TuningStore, problem_key
+from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.autotune.tune_problems import Outcome, Progress, Wanted, tune_problems
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.graph import ExampleInputs
 from tetris.kernels.configs import DeviceInfo
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.tuned_choices import Entry, problem_key
 
 
 @dataclass

@@ -17,12 +17,13 @@ from tetris.autotune.cost import estimate_us, rank
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import boxes, config_space, default_config, is_valid
-from tetris.autotune.store import Entry, TuningStore
+from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import Timing
 from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
 from tetris.layout import ceil_div
+from tetris.tuned_choices import Entry, problem_key
 
 H200 = DeviceInfo("NVIDIA H200", (9, 0), 132, "3.6.0")
 A100 = DeviceInfo("NVIDIA A100", (8, 0), 108, "3.7.1")
@@ -248,8 +249,6 @@ def test_tuning_prints_gain_and_failures() -> None:
     entry = Entry(
         H200.name, H200.capability, H200.triton_version, linear(), LinearConfig(kernel="hopper"), 50.0, 75.0, 12
     )
-    from tetris.autotune.store import problem_key
-
     text = str(Tuning([entry], {problem_key(linear()): ["fc1", "fc2"]}, failures={"x": "too large"}))
     assert "fc1 and 1 more" in text and "1.50" in text and "hopper" in text and "1 configurations failed" in text
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tetris.autotune.store import Entry, TuningStore, cache_folder, distance, read_entries
+from tetris.autotune.store import TuningStore, cache_folder
 from tetris.errors import FileFormatError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
+from tetris.tuned_choices import Entry, distance, read_entries
 
 H200 = DeviceInfo("NVIDIA H200", (9, 0), 132, "3.6.0")
 CONV = Conv2dProblem(128, 512, 512, 28, 28, (3, 3), (1, 1), (1, 1), (1, 1), (64, 64), "float16", 17)
@@ -72,8 +73,10 @@ def test_choices_do_not_carry_over_to_other_kinds_of_problem(problem) -> None:
 
 def test_other_machines_and_versions_are_farther_or_out_of_reach() -> None:
     assert distance(entry(), CONV, H200) == 0
-    assert distance(entry(), CONV, replace(H200, triton_version="3.7.1")) == 0.5
-    assert distance(entry(), CONV, replace(H200, name="NVIDIA H100")) == 0.5
+    assert distance(entry(), CONV, replace(H200, triton_version="3.7.1")) == 0.25
+    assert distance(entry(), CONV, replace(H200, name="NVIDIA H100")) == 0.25
+    assert distance(entry(), replace(CONV, dtype="bfloat16"), H200) == 0.25
+    assert distance(entry(LINEAR), replace(LINEAR, weight_dtype="int8"), H200) == float("inf")
     assert distance(entry(), CONV, replace(H200, capability=(8, 0))) == float("inf")
 
 
@@ -134,7 +137,8 @@ WRITER = textwrap.dedent(
     """
     import sys
     from pathlib import Path
-    from tetris.autotune.store import Entry, TuningStore
+    from tetris.autotune.store import TuningStore
+    from tetris.tuned_choices import Entry
     from tetris.kernels.configs import LinearConfig, LinearProblem
 
     folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -20,12 +20,13 @@ from tetris.autotune.compile_ahead import Compiled
 from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import config_space
-from tetris.autotune.store import Entry, TuningStore
+from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team, local_gpu
 from tetris.autotune.timer import time_us
 from tetris.autotune.tuner import apply_tuned, sparse_layers
 from tetris.dispatch import Launch
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearConfig, LinearProblem
+from tetris.tuned_choices import Entry
 
 LINEAR = LinearProblem(8, 64, 48, (16, 16), "float32", 6)
 CONV = Conv2dProblem(2, 32, 32, 6, 6, (3, 3), (1, 1), (1, 1), (1, 1), (16, 16), "float32", 3)

@@ -10,11 +10,12 @@ import torch
 
 from tests.support.fake_gpu import H200
 from tetris import cli, commands
-from tetris.autotune.store import Entry, TuningStore
+from tetris.autotune.store import TuningStore
 from tetris.autotune.tuner import Tuning
 from tetris.errors import TetrisError
 from tetris.kernels.configs import LinearConfig, LinearProblem
 from tetris.plans import ModelPlan
+from tetris.tuned_choices import Entry
 
 SOURCE = """
 import torch

@@ -34,6 +34,7 @@ LAYERS: dict[str, int] = {
     "kernels": 2,
     # L3: operators and the search
     "dispatch": 3,
+    "tuned_choices": 3,
     "ops": 3,
     "search": 3,
     "reordering": 3,
