@@ -95,7 +95,7 @@ NETWORKS: dict[str, NetworkCase] = {
         NetworkCase("small-mlp", _small_mlp, (256,), (64,), {"fc*": 0.75}, {"*": (32,)}),
     )
 }
-FULL = ("vgg16", "resnet50", "mlp")
+FULL = ("resnet50", "mlp", "vgg16")
 QUICK = ("small-vgg16", "small-mlp")
 
 
