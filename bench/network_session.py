@@ -226,11 +226,12 @@ class Session:
         return shares
 
     def fastest(self, rows: list[Row]) -> EndToEnd:
-        """The fastest dense and the fastest converted variant; a converted one that is wrong or failed never counts."""
-        best = {
-            side: min((r.median_us for r in rows if r.status == OK and r.provider.startswith(side)), default=math.inf)
-            for side in ("dense", "tetris")
-        }
+        """The fastest dense and the fastest converted variant; RuntimeError where none is right."""
+        sides = ("dense", "tetris")
+        right = {side: [r.median_us for r in rows if r.status == OK and r.provider.startswith(side)] for side in sides}
+        if not all(right.values()):
+            raise RuntimeError(f"no right variant of {', '.join(side for side in sides if not right[side])}")
+        best = {side: min(times) for side, times in right.items()}
         return EndToEnd("compile" if self.dense.compiled else "eager", best["dense"], best["tetris"])
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ class Session:
         rates = resolve_sparsity(self.case.sparsity, prunable_layers(self.model))
         for layer in chosen:
             for candidate in layer.candidates:
-                if candidate.block is not None and candidate.sparsity != rates[layer.name]:
+                if candidate.block is not None and candidate.sparsity != rates.get(layer.name, 0.0):
                     continue
                 library = LIBRARY[layer.kind] if self.device == "cuda" else "dense"
                 provider = library if candidate.block is None else block_label(candidate.block)

@@ -73,6 +73,11 @@ def test_a_wrong_network_is_not_timed(session: Session) -> None:
     assert status == {"dense eager": OK, "dense graph": OK, "tetris eager": WRONG, "tetris graph": WRONG}
 
 
+def test_without_a_right_network_nothing_is_concluded(session: Session) -> None:
+    with pytest.raises(RuntimeError, match="no right variant of tetris"):
+        session.fastest(session.network_rows(session.dense.folded, math.nan, whole_plan(session)))
+
+
 def test_a_variant_that_does_not_run_is_named(session: Session) -> None:
     def fails(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory\nmore")
