@@ -66,7 +66,7 @@ def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
 
 @torch.no_grad()
 def run_once(job: Job, device: str) -> torch.Tensor:
-    """Run a layer of random values for the job once: the launch compiles what is missing."""
+    """Run a layer of zeros for the job once: the launch compiles what is missing."""
     layer, x = _layer_and_input(job.problem, job.activation, job.max_pool, job.bias, device)
     layer.config = job.config
     layer._launches.clear()
@@ -85,22 +85,20 @@ def _residual(problem: Problem, x: torch.Tensor) -> torch.Tensor:
 def _layer_and_input(
     problem: Problem, activation: str, max_pool: bool, bias: bool, device: str
 ) -> tuple[SparseLayer, torch.Tensor]:
-    """Made once for jobs in a row that differ in the config only."""
+    """Made once for jobs in a row that differ in the config only; weights and inputs are zeros."""
     dtype = getattr(torch, problem.dtype)
-    options: dict[str, Any] = {"bias": bias, "activation": activation}
+    options: dict[str, Any] = {"bias": bias, "activation": activation, "dtype": dtype, "device": device}
     if isinstance(problem, Conv2dProblem):
         layout = even_layout((problem.c_out, problem.c_in), problem.block, problem.n_blocks, device)
-        values = torch.randn(layout.n_blocks, problem.taps, *problem.block, device=device).to(dtype)
         layer = BlockSparseConv2d(
             problem.c_in, problem.c_out, problem.kernel_size, problem.block, layout.n_blocks, problem.stride,
-            problem.padding, problem.dilation, max_pool=max_pool, values=values, layout=layout, **options,
+            problem.padding, problem.dilation, max_pool=max_pool, layout=layout, **options,
         )  # fmt: skip
         x = torch.empty(problem.batch, problem.c_in, problem.height, problem.width, dtype=dtype, device=device)
         return layer, x.contiguous(memory_format=torch.channels_last).zero_()
     layout = even_layout((problem.out_features, problem.in_features), problem.block, problem.n_blocks, device)
-    values = torch.randn(layout.n_blocks, *problem.block, device=device).to(dtype)
     linear = BlockSparseLinear(
-        problem.in_features, problem.out_features, problem.block, layout.n_blocks, values=values, layout=layout,
+        problem.in_features, problem.out_features, problem.block, layout.n_blocks, problem.weight_dtype, layout=layout,
         **options,
     )  # fmt: skip
     return linear, torch.zeros(problem.tokens, problem.in_features, dtype=dtype, device=device)
