@@ -186,10 +186,21 @@ def table_entries(folder: Path = TABLES) -> tuple[Entry, ...]:
 
 
 @lru_cache(maxsize=4096)
-def shipped_choice(problem: Problem, device: DeviceInfo, max_pool: bool = False) -> Config | None:
+def shipped_choice(problem: Problem, device: DeviceInfo, max_pool: bool = False) -> Match | None:
     """The package's choice for a problem that nobody tuned; None where it has none near enough.
 
     Cost: a look through some hundred entries at the first call for a problem.
     """
-    match = nearest(table_entries(), problem, device, max_pool)
-    return match.config if match else None
+    return nearest(table_entries(), problem, device, max_pool)
+
+
+def shipped_conv2d_choice(problem: Conv2dProblem, device: DeviceInfo, max_pool: bool = False) -> Conv2dConfig | None:
+    """The config of :func:`shipped_choice`."""
+    match = shipped_choice(problem, device, max_pool)
+    return match.config if match and isinstance(match.config, Conv2dConfig) else None
+
+
+def shipped_linear_choice(problem: LinearProblem, device: DeviceInfo) -> LinearConfig | None:
+    """The config of :func:`shipped_choice`."""
+    match = shipped_choice(problem, device)
+    return match.config if match and isinstance(match.config, LinearConfig) else None
