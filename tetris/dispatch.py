@@ -22,6 +22,7 @@ from tetris.kernels.device import device_info
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear import supports as hopper_linear_supports
 from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, hardly_shares
+from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ def conv2d_launch(
 ) -> Launch:
     """The launch of a convolution on indptr's device.
 
-    The config of ``key`` serves the problems that its kernel takes with it; others, for example another batch size than
-    the one it was tuned for, get the one chosen for the problem.
+    The config is that of ``key``, or the package's tuned choice for this or a similar problem. Where there is none, or
+    its kernel does not take the problem, for example another batch size than it was tuned for, it is the analytic one.
     """
     device = device_info(indptr.device)
-    config = Conv2dConfig.from_key(key) if key else None
+    config = Conv2dConfig.from_key(key) if key else shipped_conv2d_choice(problem, device, max_pool)
     if config is None or (
         config.kernel == "hopper"
         and hopper_conv2d_supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is not None
@@ -69,7 +70,7 @@ def conv2d_launch(
 def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:
     """The launch of a linear layer on indptr's device; the config of ``key`` as in :func:`conv2d_launch`."""
     device = device_info(indptr.device)
-    config = LinearConfig.from_key(key) if key else None
+    config = LinearConfig.from_key(key) if key else shipped_linear_choice(problem, device)
     if (
         config is None
         or (config.kernel == "hopper" and hopper_linear_supports(problem, device, config) is not None)

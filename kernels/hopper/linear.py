@@ -131,7 +131,6 @@ def block_sparse_linear(
         BLOCK_IN=block_in,
         STAGES=config.x_stages or ring_stages(config.tile_tokens, residual is not None),
         GATHER=gather,
-        CUT=len(counters) > 0,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

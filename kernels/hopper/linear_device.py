@@ -12,6 +12,10 @@ gathered from several places (GATHER), whichever the schedule found cheaper (see
 Every warp group waits for and releases every stage, also those it does not use, because a barrier's parity tells only
 neighbouring phases apart.
 
+A task is a record of TASK_FIELDS numbers: 0 the first token, 1 the first entry, 2 the number of stages, 3 to 6 the first
+output feature of up to four parts of the two strips, 7 to 9 into how many pieces its pair is cut along the inputs and
+where their sums are kept, 10 the number of tasks of its program. The n-th task of program p is record n * programs + p.
+
 Weights are wgmma's left operand and tokens the right one, both in shared memory: with 256 tokens an instruction then
 reads 80 bytes a clock of the 128 that shared memory delivers.
 """
@@ -28,19 +32,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tetris.kernels.hopper.epilogue_device import activate
+from tetris.kernels.hopper.linear_finish_device import finish, leave_piece
 
-
-@gluon.jit
-def _token_halves(acc, HALF: gl.constexpr, LAYOUT: gl.constexpr):
-    """Both token halves of ``acc`` [64, 2 * HALF] as [64, HALF] each; moves no data between threads."""
-    a, b = gl.split(gl.permute(gl.reshape(acc, (64, 2, HALF)), (0, 2, 1)))
-    return gl.convert_layout(a, LAYOUT), gl.convert_layout(b, LAYOUT)
+TASK_FIELDS: gl.constexpr = gl.constexpr(16)
 
 
 @gluon.jit
 def _producer(
-    x_desc, w_desc, pairs, entries, program_ptr, tasks, n_pairs, xbuf, wbuf, full, empty,
+    x_desc, w_desc, entries, tasks, xbuf, wbuf, full, empty,
     TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
     BLOCK_IN: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -50,12 +49,11 @@ def _producer(
     X_BYTES: gl.constexpr = TILE_M * 64 * xbuf.dtype.primitive_bitwidth // 8
     W_BYTES: gl.constexpr = 64 * TILE_K * xbuf.dtype.primitive_bitwidth // 8
     it = 0
-    for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
-        task = gl.load(tasks + position)
-        pair = pairs + (task % n_pairs) * 8
-        token = (task // n_pairs) * TILE_M
-        entry = entries + gl.load(pair) * (1 + X_TILES + TILES)
-        for _ in range(gl.load(pair + 1)):
+    for turn in range(gl.load(tasks + gl.program_id(0) * TASK_FIELDS + 10)):
+        task = tasks + (turn * gl.num_programs(0) + gl.program_id(0)) * TASK_FIELDS
+        token = gl.load(task)
+        entry = entries + gl.load(task + 1) * (1 + X_TILES + TILES)
+        for _ in range(gl.load(task + 2)):
             st = it % STAGES
             bar = full.index(st)
             kept = gl.load(entry) >> 8
@@ -113,36 +111,22 @@ def _multiply_two(
 
 @gluon.jit
 def _consumer(
-    y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
+    y_desc, r_desc, bias, entries, tasks, counters, workspace, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
     WG: gl.constexpr, TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """One strip of every task: multiply the kept tiles of every stage, release the stage, store the sums."""
     WIDTH: gl.constexpr = 1 + (GROUP if GATHER else 1) + 2 * GROUP * PARTS
-    BITS: gl.constexpr = xbuf.dtype.primitive_bitwidth
-    CHUNKS: gl.constexpr = TILE_M // 64
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M, 16])
-    HALF: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_M // 2, 16]
-    )
-    CHUNK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    ROWS: gl.constexpr = 64 // PARTS
-    Y_PARTS: gl.constexpr = gl.NVMMASharedLayout(128 // PARTS, xbuf.dtype.primitive_bitwidth, rank=3)
-    PART_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4 * PARTS, 8 // PARTS], [1, 4, 1], [2, 1, 0])
     it = 0
     residual_phase = 0
-    for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
-        task = gl.load(tasks + position)
-        pair = pairs + (task % n_pairs) * 8
-        token = (task // n_pairs) * TILE_M
-        if HAS_BIAS:
-            rows = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
-            out = gl.load(pair + 2 + WG * PARTS + rows // ROWS) + rows % ROWS
-        entry = entries + gl.load(pair) * WIDTH
+    for turn in range(gl.load(tasks + gl.program_id(0) * TASK_FIELDS + 10)):
+        task = tasks + (turn * gl.num_programs(0) + gl.program_id(0)) * TASK_FIELDS
+        entry = entries + gl.load(task + 1) * WIDTH
         mask = gl.load(entry)
         acc = gl.zeros((64, TILE_M), gl.float32, ACC)
-        for _ in range(gl.load(pair + 1)):
+        for _ in range(gl.load(task + 2)):
             entry += WIDTH
             next_mask = gl.load(entry)  # of the stage after this one: its latency passes behind the products
             mine = (mask >> (4 * WG)) & 15
@@ -162,39 +146,23 @@ def _consumer(
             mask = next_mask
             it += 1
 
-        tma.store_wait(0)  # the task before has left the output buffer
-        if HAS_RESIDUAL:
-            mbarrier.expect(rbar.index(WG), 64 * TILE_M * BITS // 8)
-            for i in gl.static_range(CHUNKS * PARTS):
-                feature = gl.load(pair + 2 + WG * PARTS + i % PARTS)
-                slot = ybuf.index(WG * CHUNKS * PARTS + i)
-                tma.async_copy_global_to_shared(r_desc, [token + i // PARTS * 64, feature], rbar.index(WG), slot)
-            mbarrier.wait(rbar.index(WG), residual_phase)
-            residual_phase ^= 1
-        for c in gl.static_range(CHUNKS):
-            if TILE_M == 256:
-                v = _token_halves(_token_halves(acc, 128, HALF)[c // 2], 64, CHUNK)[c % 2]
-            else:
-                v = _token_halves(acc, 64, CHUNK)[c]
-            out_tile = ybuf.index((WG * CHUNKS + c) * PARTS)._reinterpret(xbuf.dtype, [PARTS, 64, ROWS], Y_PARTS)
-            if HAS_BIAS:
-                v += gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)[:, None]
-            if HAS_RESIDUAL:
-                r = gl.reshape(gl.permute(out_tile.load(PART_LAYOUT), (0, 2, 1)), (64, 64))
-                v += gl.convert_layout(r, CHUNK).to(gl.float32)
-            v = activate(v, ACTIVATION).to(xbuf.dtype)
-            out_tile.store(gl.permute(gl.reshape(v, (PARTS, ROWS, 64)), (0, 2, 1)))
-        fence_async_shared()
-        for i in gl.static_range(CHUNKS * PARTS):
-            feature = gl.load(pair + 2 + WG * PARTS + i % PARTS)
-            slot = ybuf.index(WG * CHUNKS * PARTS + i)
-            tma.async_copy_shared_to_global(y_desc, [token + i // PARTS * 64, feature], slot)
+        pieces = gl.load(task + 7)
+        if pieces == 1:
+            residual_phase = finish(
+                acc, workspace, y_desc, r_desc, bias, task, pieces, n_out, ybuf, rbar, residual_phase,
+                WG, TILE_M, PARTS, False, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
+        elif leave_piece(acc, workspace, counters, task, pieces, WG, TILE_M):
+            residual_phase = finish(
+                acc, workspace, y_desc, r_desc, bias, task, pieces, n_out, ybuf, rbar, residual_phase,
+                WG, TILE_M, PARTS, True, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+            )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def block_sparse_linear_kernel(
-    x_desc, w_desc, y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out,
+    x_desc, w_desc, y_desc, r_desc, bias, entries, tasks, counters, workspace, n_out,
     TILE_M: gl.constexpr, TILE_K: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, BLOCK_IN: gl.constexpr,
     STAGES: gl.constexpr, GATHER: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -216,13 +184,13 @@ def block_sparse_linear_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf,
-                         full, empty, rbar, 0, TILE_M, TILE_K, GROUP, PARTS, STAGES, GATHER, HAS_BIAS, HAS_RESIDUAL,
+            (_consumer, (y_desc, r_desc, bias, entries, tasks, counters, workspace, n_out, xbuf, wbuf, ybuf, full,
+                         empty, rbar, 0, TILE_M, TILE_K, GROUP, PARTS, STAGES, GATHER, HAS_BIAS, HAS_RESIDUAL,
                          ACTIVATION)),
-            (_consumer, (y_desc, r_desc, bias, pairs, entries, program_ptr, tasks, n_pairs, n_out, xbuf, wbuf, ybuf,
-                         full, empty, rbar, 1, TILE_M, TILE_K, GROUP, PARTS, STAGES, GATHER, HAS_BIAS, HAS_RESIDUAL,
+            (_consumer, (y_desc, r_desc, bias, entries, tasks, counters, workspace, n_out, xbuf, wbuf, ybuf, full,
+                         empty, rbar, 1, TILE_M, TILE_K, GROUP, PARTS, STAGES, GATHER, HAS_BIAS, HAS_RESIDUAL,
                          ACTIVATION)),
-            (_producer, (x_desc, w_desc, pairs, entries, program_ptr, tasks, n_pairs, xbuf, wbuf, full, empty,
+            (_producer, (x_desc, w_desc, entries, tasks, xbuf, wbuf, full, empty,
                          TILE_M, TILE_K, GROUP, PARTS, BLOCK_IN, STAGES, GATHER)),
         ],
         [4, 1],

@@ -7,7 +7,8 @@ The pattern of kept blocks never changes, so everything that depends on it is co
 2. *pairs* of strips, again by common inputs: a pair fetches the union of its strips' input tiles of 64 features;
 3. the *stages* of every pair, one per fetched input tile, in the order of the inputs: programs that work on the same
    tokens at the same time sweep the inputs together and meet in the L2 cache;
-4. the *tasks*, one per (token tile, pair), dealt to the programs in the order of the tokens (see ``schedule``).
+4. *pieces* of pairs: those that would keep a program busy for too long are cut along the inputs (``splitting``);
+5. the *tasks*, one per (token tile, piece), dealt to the programs in the order of the tokens (see ``schedule``).
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ import numpy as np
 import torch
 
 from tetris.kernels.hopper.schedule import Schedule, make_schedule
+from tetris.kernels.splitting import PartCosts, choose_parts, cut
 from tetris.layout import ceil_div
 
 STRIP = 64
 STAGE_K = 64
-PAIR_FIELDS = 8
+TASK_FIELDS = 16
 BYTES_PER_CLOCK = 37
 """What the L2 cache delivers to one of an H200's 132 multiprocessors while all of them fetch (8.2 TB/s in all)."""
 CLOCKS_PER_ROW = 2.1
 """What the copy engine takes for a row of a tile, however short: narrow tiles fetch slower than the cache delivers."""
 CLOCKS_PER_PRODUCT = 2.0
 """One strip x one token x 64 inputs on the matrix unit: 512 clocks for 256 tokens."""
-FIXED_CLOCKS = 2000
-"""A task's prologue and epilogue."""
+FIXED_CLOCKS, SYNCHRONISE_CLOCKS = 2000, 1500
+"""A task's prologue and epilogue; the fence, the counter and the first of the other pieces' sums."""
+MERGE_BYTES_PER_CLOCK = 64
+"""What the L2 cache delivers to one multiprocessor while few of them fetch, at the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,29 +43,31 @@ class LinearSchedule:
     """What the device code walks through; all int32 tensors on one device.
 
     Attributes:
-        pairs: [n_pairs, 8]: first entry, number of stages, first output feature of each of up to four parts (strip 0's,
-            then strip 1's).
         entries: [n_stages + 1, 1 + input tiles + weight tiles]: per stage its meta word (bits 0-3 and 4-7: which weight
             tiles of strip 0 and 1 are kept, from bit 8 on: how many); the first input feature of its 64, or of every
             gathered tile; per weight tile (strip, then input, then part) its first row in ``values.view(-1,
             BLOCK_IN)``, past the end = zeros, -1 = not kept. The last is empty.
-        tasks: token tile * n_pairs + pair, dealt to the programs.
+        tasks: [most tasks of a program, programs, 16]: first token; first entry; number of stages;
+            first output feature of each of up to four parts (strip 0's, then strip 1's); number of pieces of the pair;
+            place of its first piece and of this piece among all pieces of cut pairs; tasks of the program; unused.
+        counters: [pieces of cut pairs, 2 strips], zeros: pieces of a pair, at its first piece, that are done. A launch
+            counts them up and back to zero: two launches with the same schedule must not run at the same time.
         tile_tokens: tokens per task.
         fetched_stages: input tiles that the pairs fetch per token tile.
         products: (strip, 64 inputs) products per token tile; over the kept weights' share it says what padding costs.
     """
 
-    pairs: torch.Tensor
     entries: torch.Tensor
-    tasks: Schedule
+    tasks: torch.Tensor
+    counters: torch.Tensor
     tile_tokens: int
     fetched_stages: int
     products: float
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What the launcher takes: pairs, entries, program_ptr, order."""
-        return [self.pairs, self.entries, self.tasks.program_ptr, self.tasks.order]
+        """What the launcher takes."""
+        return [self.entries, self.tasks, self.counters]
 
 
 def match_rows(mask: np.ndarray) -> list[tuple[int, ...]]:
@@ -204,6 +210,21 @@ def _clocks(stages: Stages, tile_k: int, gather: bool, tile_tokens: int) -> floa
     return max(size / BYTES_PER_CLOCK, CLOCKS_PER_ROW * rows, multiply)
 
 
+def _task_table(dealt: Schedule, pieces: list[list[int]], tile_tokens: int, places: int) -> torch.Tensor:
+    """The records of all tasks: round by round, one of every program; see :class:`LinearSchedule`."""
+    records = torch.tensor(pieces, dtype=torch.int32)[dealt.order % len(pieces)]
+    tile = dealt.order // len(pieces)
+    records[:, 0] = tile * tile_tokens
+    records[:, 8:10] += (tile * places)[:, None]
+    counts = dealt.program_ptr.diff()
+    table = torch.zeros((int(counts.max()), len(counts), TASK_FIELDS), dtype=torch.int32)
+    program = torch.arange(len(counts)).repeat_interleave(counts)
+    turn = torch.arange(len(dealt.order)) - dealt.program_ptr[program]
+    table[turn, program, : records.shape[1]] = records
+    table[:, :, records.shape[1]] = counts
+    return table
+
+
 def make_linear_schedule(
     indptr: torch.Tensor,
     indices: torch.Tensor,
@@ -233,20 +254,31 @@ def make_linear_schedule(
         found = [_pair_stages(pair, tile_k, gather) for pair in pairs]
         candidates.append((found, [_clocks(stages, tile_k, gather, tile_tokens) for stages in found]))
     chosen, clocks = min(candidates, key=lambda candidate: sum(candidate[1]))
+    n_tiles = ceil_div(tokens, tile_tokens)
+    merge = 2 * STRIP * tile_tokens * 4 / MERGE_BYTES_PER_CLOCK
+    n_pieces = choose_parts(
+        clocks, [len(stages) for stages in chosen], n_tiles, n_programs,
+        PartCosts(FIXED_CLOCKS, SYNCHRONISE_CLOCKS, merge),
+    )  # fmt: skip
     entries: Stages = []
-    rows = []
-    for pair, stages in zip(pairs, chosen):
+    pieces, piece_clocks = [], []
+    place = 0
+    for pair, stages, clock, n in zip(pairs, chosen, clocks, n_pieces):
         features = pair[0].features + (pair[1].features if pair[1] else (past_features,) * parts)
-        rows.append([len(entries), len(stages), *features, *([past_features] * (PAIR_FIELDS - 2 - len(features)))])
+        features += (past_features,) * (4 - len(features))
+        for piece, (begin, end) in enumerate(cut(len(stages), n)):
+            pieces.append([0, len(entries) + begin, end - begin, *features, n, place, place + piece])
+            piece_clocks.append(clock / n + (SYNCHRONISE_CLOCKS + 2 * merge if n > 1 else 0))
         entries += stages
+        place += n if n > 1 else 0
     fetched = len(entries)
     entries.append([0] * len(entries[0]))
-    tasks = make_schedule(clocks, ceil_div(tokens, tile_tokens), n_programs, tile_cost=FIXED_CLOCKS)
+    dealt = make_schedule(piece_clocks, n_tiles, n_programs, tile_cost=FIXED_CLOCKS)
     device = indptr.device
     return LinearSchedule(
-        pairs=torch.tensor(rows, dtype=torch.int32, device=device),
         entries=torch.tensor(entries, dtype=torch.int32, device=device),
-        tasks=tasks.to(device),
+        tasks=_task_table(dealt, pieces, tile_tokens, place).to(device),
+        counters=torch.zeros((place * n_tiles, 2), dtype=torch.int32, device=device),
         tile_tokens=tile_tokens,
         fetched_stages=fetched,
         products=sum(_products(stages, tile_k) for stages in chosen),

@@ -1,0 +1,194 @@
+"""Block-sparse linear layer for some dozens to some hundreds of tokens: block rows cut into parts along the inputs.
+
+y[m, o] = activation(sum over kept blocks of W[o, k] x[m, k] + bias[o] + residual[m, o]), as in ``linear``.
+
+There are fewer tiles of the output than multiprocessors, or they differ too much. A program computes one part of a
+block row (``split_schedule``) for TILE_M tokens. A row that was not cut is finished at once; of a cut row every part
+leaves its sums in fp32, and the program that arrives last adds them in the order of the inputs and finishes the tile:
+one launch, and the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from tetris.kernels.configs import LinearConfig, LinearProblem, is_power_of_two_tile
+from tetris.kernels.descriptors import describable, describe
+from tetris.kernels.epilogue import add_bias, store_rows
+from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule
+from tetris.layout import ceil_div
+
+
+@triton.jit
+def arrive(counter_ptr, arrivals):
+    """Whether this program is the last of ``arrivals`` to come here; the last one sees what all of them stored.
+
+    The counter is zero before the first and after the last arrival.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == arrivals - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def linear_split_kernel(
+    x_desc,  # [M, K], boxes [TILE_M, TILE_K]
+    w_desc,  # [n_blocks * BLOCK_OUT, BLOCK_IN], boxes [TILE_OUT, TILE_K]
+    y_ptr,  # [M, N]
+    bias_ptr,
+    residual_ptr,
+    output_permutation_ptr,
+    parts,  # [n_parts, RECORD], see SplitSchedule
+    counters,
+    workspace,  # fp32 [token tiles * n_cut_parts, TILE_OUT, TILE_M]
+    M,
+    N,
+    n_parts,
+    n_cut_parts,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_K: tl.constexpr,
+    RECORD: tl.constexpr,
+    HEAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: parts x tiles of TILE_M tokens, the parts of one tile side by side."""
+    SPLIT_OUT: tl.constexpr = BLOCK_OUT // TILE_OUT
+    SPLIT_K: tl.constexpr = BLOCK_IN // TILE_K
+    tile = tl.program_id(0) // n_parts
+    record = parts + (tl.program_id(0) % n_parts) * RECORD
+    out_tile = tl.load(record)
+    first_block = tl.load(record + 1)
+    n_steps = tl.load(record + 2) * SPLIT_K
+    siblings = tl.load(record + 3)
+    m0 = tile * TILE_M
+
+    tl.assume(n_steps > 0)  # a loop that may not run at all makes ptxas serialise every wgmma (Triton 3.6, C7515)
+    acc = tl.zeros((TILE_OUT, TILE_M), tl.float32)
+    for step in tl.range(0, n_steps, num_stages=STAGES):
+        block = step // SPLIT_K
+        k = (step % SPLIT_K) * TILE_K
+        x = x_desc.load([m0, tl.load(record + HEAD + block) + k])  # [TILE_M, TILE_K]
+        w = w_desc.load([(first_block + block) * BLOCK_OUT + (out_tile % SPLIT_OUT) * TILE_OUT, k])
+        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+
+    offs_o = out_tile * TILE_OUT + tl.arange(0, TILE_OUT)
+    offs_m = m0 + tl.arange(0, TILE_M)
+    mask_o, mask_m = offs_o < N, offs_m < M
+    finish = True
+    if siblings > 1:
+        place = tl.arange(0, TILE_OUT)[:, None] * TILE_M + tl.arange(0, TILE_M)[None, :]
+        first_place = tile * n_cut_parts + tl.load(record + 4)
+        sums = workspace + first_place.to(tl.int64) * (TILE_OUT * TILE_M)
+        mine = tl.load(record + 5) - tl.load(record + 4)
+        tl.store(sums + mine * (TILE_OUT * TILE_M) + place, acc)
+        finish = arrive(counters + first_place, siblings)
+        acc = tl.zeros((TILE_OUT, TILE_M), tl.float32)
+        if finish:
+            for part in range(0, siblings, 2):
+                here = sums + part * (TILE_OUT * TILE_M) + place
+                one = tl.load(here, cache_modifier=".cg")
+                two = tl.load(here + TILE_OUT * TILE_M, mask=part + 1 < siblings, other=0.0, cache_modifier=".cg")
+                acc = acc + one + two
+    if finish:
+        acc = add_bias(acc, bias_ptr, offs_o, mask_o)
+        store_rows(acc, y_ptr, residual_ptr, output_permutation_ptr, offs_m, mask_m, offs_o, mask_o, N, ACTIVATION)
+
+
+def supports(problem: LinearProblem, config: LinearConfig) -> str | None:
+    """Why this problem cannot run with this config; None = it can."""
+    if problem.weight_dtype:
+        return f"takes weights of x's dtype; got {problem.weight_dtype}"
+    tiles = (config.tile_out, config.tile_k, config.tile_tokens)
+    if not all(is_power_of_two_tile(size) for size in tiles):
+        return f"takes tiles that are powers of two from 16; got {tiles}"
+    if problem.block[0] % config.tile_out or problem.block[1] % config.tile_k:
+        return f"takes tiles that divide the blocks; got {tiles[:2]} for {problem.block}"
+    return None
+
+
+def block_sparse_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
+    allow_tf32: bool = False,
+    config: LinearConfig,
+    schedule: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """As :func:`tetris.kernels.linear.block_sparse_linear`, for problems and configs that :func:`supports` takes.
+
+    Args:
+        input_permutation: moved through by a kernel of its own, before.
+        schedule: of this layout, number of tokens and config (:func:`make_split_schedule`); made anew, which costs far
+            more than the product, when missing. Launches that share one must run one after the other.
+    """
+    from tetris.kernels.permute import permute_channels
+
+    if input_permutation is not None:
+        x = permute_channels(x, input_permutation, dim=-1)
+    rows = x.reshape(-1, x.shape[-1])
+    if not describable(rows):
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    tokens = rows.shape[0]
+    y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
+    output = y.view(*x.shape[:-1], out_features)
+    if y.numel() == 0:
+        return output
+    block_out, block_in = values.shape[-2:]
+    if schedule is None:
+        schedule = make_split_schedule(
+            indptr, indices, block=(block_out, block_in), tokens=tokens, tile_tokens=config.tile_tokens,
+            tile_out=config.tile_out, n_programs=torch.cuda.get_device_properties(x.device).multi_processor_count,
+        ).tensors  # fmt: skip
+    parts, counters = schedule
+    tiles = ceil_div(tokens, config.tile_tokens)
+    n_cut_parts = counters.shape[1]
+    workspace = torch.empty(
+        (n_cut_parts * tiles, config.tile_out, config.tile_tokens), dtype=torch.float32, device=x.device
+    )
+    linear_split_kernel[(len(parts) * tiles,)](
+        describe(rows, [config.tile_tokens, config.tile_k]),
+        describe(values.view(-1, block_in), [config.tile_out, config.tile_k]),
+        y,
+        bias,
+        None if residual is None else residual.reshape(tokens, out_features).contiguous(),
+        output_permutation,
+        parts,
+        counters,
+        workspace,
+        tokens,
+        out_features,
+        len(parts),
+        n_cut_parts,
+        BLOCK_OUT=block_out,
+        BLOCK_IN=block_in,
+        TILE_M=config.tile_tokens,
+        TILE_OUT=config.tile_out,
+        TILE_K=config.tile_k,
+        RECORD=parts.shape[1],
+        HEAD=HEAD_FIELDS,
+        ACTIVATION=activation,
+        PRECISION="tf32" if allow_tf32 else config.precision,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return output
