@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 CANDIDATES = 16
 """Part sizes that are tried, from the longest row down to half the mean load of a program."""
@@ -60,7 +61,7 @@ def choose_parts(
         Parts of every row, at least 1; of equally fast choices the one with fewest parts.
     Cost: O(CANDIDATES * tasks * log programs).
     """
-    longest, mean = max(row_costs), sum(row_costs) * copies / programs
+    longest, mean = max(row_costs), sum(row_costs) * max(1, copies) / programs
     ratio = min(1.0, 0.5 * mean / longest)
     best, parts = math.inf, [1] * len(row_costs)
     for limit in sorted({longest * ratio ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)}, reverse=True):
@@ -75,4 +76,4 @@ def choose_parts(
 def cut(length: int, parts: int) -> list[tuple[int, int]]:
     """(begin, end) of ``parts`` even parts of ``length`` steps, none empty."""
     edges = [length * part // parts for part in range(parts + 1)]
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))

@@ -56,7 +56,7 @@ def test_a_given_key_is_taken_as_it_is(h200):
 
 def test_linear_layers_get_the_kernel_of_their_tokens_and_layout(h200):
     launch = linear_launch(LINEAR, *lists((4096, 4096), 0.27))
-    assert LinearConfig.from_key(launch.config).kernel == "hopper" and len(launch.schedule) == 4
+    assert LinearConfig.from_key(launch.config).kernel == "hopper" and len(launch.schedule) == 3
     few = linear_launch(replace(LINEAR, tokens=1), *lists((4096, 4096), 0.27))
     assert LinearConfig.from_key(few.config).kernel == "decode" and few.schedule == []
     wide = replace(LINEAR, in_features=8192, out_features=2048, n_blocks=164)

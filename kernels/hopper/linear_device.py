@@ -12,9 +12,10 @@ gathered from several places (GATHER), whichever the schedule found cheaper (see
 Every warp group waits for and releases every stage, also those it does not use, because a barrier's parity tells only
 neighbouring phases apart.
 
-A task is a record of TASK_FIELDS numbers: 0 the first token, 1 the first entry, 2 the number of stages, 3 to 6 the first
-output feature of up to four parts of the two strips, 7 to 9 into how many pieces its pair is cut along the inputs and
-where their sums are kept, 10 the number of tasks of its program. The n-th task of program p is record n * programs + p.
+A task is a record of TASK_FIELDS numbers: 0 the first token, 1 the first entry, 2 the number of stages, 3 to 6 the
+first output feature of up to four parts of the two strips, 7 to 9 into how many pieces its pair is cut along the inputs
+and where their sums are kept, 10 the number of tasks of its program. The n-th task of program p is record
+n * programs + p: its address is known, and what it needs lies side by side.
 
 Weights are wgmma's left operand and tokens the right one, both in shared memory: with 256 tokens an instruction then
 reads 80 bytes a clock of the 128 that shared memory delivers.

@@ -20,6 +20,7 @@ from tetris import reference
 from tetris.errors import UnsupportedError
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
 from tetris.kernels.hopper.linear import ring_stages, supports
+from tetris.kernels.hopper.linear_schedule import make_linear_schedule
 from tetris.tolerances import relative_error, tolerance
 
 ROOT = Path(__file__).parents[2]
@@ -114,11 +115,34 @@ def test_matches_the_reference(block, tokens, device, monkeypatch):
 
 
 @pytest.mark.hopper
-def test_is_the_same_every_time(device):
-    """No race: bit-identical results over many runs of one large problem."""
+@pytest.mark.parametrize("tile_tokens", [128, 256])
+@pytest.mark.parametrize("block", [(64, 64), (32, 32), (128, 16)], ids=str)
+def test_cut_pairs_match_the_reference(block, tile_tokens, device, monkeypatch):
+    """Few tokens and long rows: every pair is cut into several pieces."""
     from tetris.kernels.hopper.linear import block_sparse_linear
 
-    operands = linear_operands(LinearCase(2048, 2048, (64, 64), (4096,), kept=0.3), torch.float16, device)
-    first = block_sparse_linear(**operands, config=CONFIG)
+    case = LinearCase(200, 8192, block, (300,), activation="gelu", extras=("bias", "residual"))
+    operands = linear_operands(case, torch.bfloat16, device)
+    schedule = make_linear_schedule(
+        operands["indptr"], operands["indices"], block=block, tokens=300, tile_tokens=tile_tokens, n_programs=132
+    )
+    assert len(schedule.counters) > 0
+    config = LinearConfig(kernel="hopper", tile_tokens=tile_tokens)
+    for _ in range(3):
+        with nan_outputs(monkeypatch):
+            y = block_sparse_linear(**operands, config=config, schedule=schedule.tensors)
+        assert relative_error(y, reference.block_sparse_linear(**operands)) <= tolerance(torch.bfloat16)
+        assert schedule.counters.count_nonzero() == 0
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize(("tokens", "tile_tokens"), [(4096, 256), (300, 128)])
+def test_is_the_same_every_time(tokens, tile_tokens, device):
+    """No race: bit-identical results over many runs, of whole pairs and of cut ones."""
+    from tetris.kernels.hopper.linear import block_sparse_linear
+
+    operands = linear_operands(LinearCase(2048, 2048, (64, 64), (tokens,), kept=0.3), torch.float16, device)
+    config = LinearConfig(kernel="hopper", tile_tokens=tile_tokens)
+    first = block_sparse_linear(**operands, config=config)
     for _ in range(50):
-        assert torch.equal(first, block_sparse_linear(**operands, config=CONFIG))
+        assert torch.equal(first, block_sparse_linear(**operands, config=config))

@@ -36,6 +36,12 @@ def box(matrix: torch.Tensor, row: int, column: int, rows: int, columns: int) ->
     return tile
 
 
+def tasks_of(schedule: LinearSchedule) -> list[list[int]]:
+    """The records of all programs' tasks, program by program."""
+    table = schedule.tasks
+    return [table[turn, p].tolist() for p in range(table.shape[1]) for turn in range(int(table[0, p, 10]))]
+
+
 def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Runs the schedule as the device code does: stages in order, both strips of a pair, all tasks of all programs."""
     block_out, block_in = layout.block
@@ -44,9 +50,9 @@ def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, 
     rows = STRIP // parts
     weights = values.reshape(-1, block_in)
     y = torch.full((len(x), layout.shape[0]), torch.nan, dtype=x.dtype)
-    for task in schedule.tasks.order.tolist():
-        token = task // len(schedule.pairs) * schedule.tile_tokens
-        first, n_stages, *features = schedule.pairs[task % len(schedule.pairs)].tolist()
+    sums: dict[int, dict[int, torch.Tensor]] = {}
+    for number, task in enumerate(tasks_of(schedule)):
+        token, first, n_stages, *features, pieces, first_place, place = task[:10]
         acc = torch.zeros(2, STRIP, schedule.tile_tokens, dtype=x.dtype)
         for meta, *inputs_and_tiles in schedule.entries[first : first + n_stages].tolist():
             inputs, tiles = inputs_and_tiles[: -2 * group * parts], inputs_and_tiles[-2 * group * parts :]
@@ -60,9 +66,17 @@ def replay(schedule: LinearSchedule, layout: BlockLayout, values: torch.Tensor, 
                 if kept:
                     w = torch.cat([box(weights, tile, inputs[g] % block_in, rows, tile_k) for tile in under])
                     acc[strip] += w @ box(x, token, inputs[g], schedule.tile_tokens, tile_k).T
+        if pieces > 1:
+            assert first_place <= place < first_place + pieces <= len(schedule.counters)
+            done = sums.setdefault(first_place, {})
+            assert place not in done, "summed twice"
+            done[place] = acc
+            if len(done) < pieces:
+                continue
+            acc = sum(done.values())
         for part, feature in enumerate(features[: 2 * parts]):
             target = y[token : token + schedule.tile_tokens, feature : feature + rows]
-            assert target.isnan().all(), "stored twice"
+            assert target.isnan().all(), f"task {number} stores twice"
             source = acc.reshape(2 * parts, rows, -1)[part].T
             target.copy_(source[: target.shape[0], : target.shape[1]])
     return y
@@ -80,12 +94,38 @@ def test_replay_is_the_product(block: tuple[int, int], shape: tuple[int, int]) -
     torch.testing.assert_close(y, x @ (dense * kept).T)
 
 
+@pytest.mark.parametrize("block", [(32, 32), (64, 64), (128, 16)])
+def test_replay_of_cut_pairs_is_the_product(block: tuple[int, int]) -> None:
+    """Few tokens, many programs, rows of very different lengths: pairs are cut into two to dozens of pieces."""
+    rows = torch.arange(512 // block[0])[:, None]
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(len(rows), 8192 // block[1], generator=generator) < 0.9 / (1 + rows)
+    layout = BlockLayout.from_mask(mask, (512, 8192), block).without_empty_rows()
+    schedule = schedule_of(layout, tokens=200, n_programs=64)
+    pieces = {task[7] for task in tasks_of(schedule)}
+    assert min(pieces) >= 1 and max(pieces) >= 4 and schedule.counters.abs().sum() == 0
+    dense = torch.randn(512, 8192, generator=generator, dtype=torch.float64)
+    dense *= layout.to_mask().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    x = torch.randn(200, 8192, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(replay(schedule, layout, pack(dense, layout), x), x @ dense.T)
+
+
+def test_cutting_shortens_the_longest_task() -> None:
+    mask = torch.zeros(32, 64, dtype=torch.bool)
+    mask[:, 0] = mask[0] = True  # one heavy row
+    layout = BlockLayout.from_mask(mask, (2048, 4096), (64, 64))
+    most = max(task[2] for task in tasks_of(schedule_of(layout, tokens=512, n_programs=132)))
+    assert most <= 16
+    whole = schedule_of(layout, tokens=512, n_programs=4)
+    assert max(task[2] for task in tasks_of(whole)) == 64 and len(whole.counters) == 0, "other work fills the time"
+
+
 def test_every_task_runs_once_and_lists_cover_all_programs() -> None:
     layout = layout_of((512, 512), (64, 64), 0.3)
     schedule = schedule_of(layout, tokens=1000)
-    assert sorted(schedule.tasks.order.tolist()) == list(range(8 * len(schedule.pairs)))
-    assert schedule.tasks.programs == 5
-    assert int(schedule.tasks.program_ptr[-1]) == len(schedule.tasks.order)
+    tasks = [(task[0], task[1]) for task in tasks_of(schedule)]
+    assert len(tasks) == len(set(tasks)) == 8 * len({first for _, first in tasks})
+    assert schedule.tasks.shape[1] == 5
 
 
 def test_strips_with_the_same_blocks_fetch_every_tile_once() -> None:
@@ -93,7 +133,7 @@ def test_strips_with_the_same_blocks_fetch_every_tile_once() -> None:
     mask[0, :8] = mask[3, :8] = mask[1, 8:] = mask[2, 8:] = True
     schedule = schedule_of(BlockLayout.from_mask(mask, (256, 1024), (64, 64)))
     assert (schedule.fetched_stages, schedule.products) == (16, 32)
-    assert {tuple(sorted(pair[2:4])) for pair in schedule.pairs.tolist()} == {(0, 192), (64, 128)}
+    assert {tuple(sorted(task[3:5])) for task in tasks_of(schedule)} == {(0, 192), (64, 128)}
 
 
 def test_matching_joins_every_row_once_and_beats_neighbours() -> None:
@@ -114,7 +154,7 @@ def test_rows_of_32_that_keep_the_same_blocks_are_joined_without_zeros() -> None
 
 def test_stages_ascend_within_a_pair() -> None:
     schedule = schedule_of(layout_of((512, 1024), (64, 16), 0.3))
-    for first, n_stages, *_ in schedule.pairs.tolist():
+    for _, first, n_stages, *_ in tasks_of(schedule):
         columns = schedule.entries[first : first + n_stages, 1]
         assert bool((columns.diff() > 0).all())
 

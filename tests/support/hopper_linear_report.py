@@ -33,6 +33,11 @@ CASES = {
     "128x32 gathered": (LinearCase(512, 4096, (128, 32), (1000,), kept=0.2), 256, torch.float16),
     "128x16": (LinearCase(512, 512, (128, 16), (1000,), activation="relu6"), 256, torch.bfloat16),
     "128x128": (LinearCase(512, 512, (128, 128), (1000,)), 256, torch.float16),
+    "64x64 fused, 128 tokens": (
+        LinearCase(512, 8192, (64, 64), (300,), extras=("bias", "residual"), activation="gelu"),
+        128,
+        torch.float16,
+    ),
 }
 
 
