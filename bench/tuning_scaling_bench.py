@@ -1,0 +1,117 @@
+"""Tuning on several GPUs: seconds of one full search of a suite, with 1, 2, ... processes under torchrun.
+
+Every run starts with an empty store; "cold" with an empty cache of compiled kernels, "warm" with the one before it, so
+that nearly all of it is measuring. A process gets the same number of processors however many processes there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tetris.autotune.compile_ahead import default_workers
+from tetris.autotune.device import device_info, device_name, versions
+from tetris.autotune.store import TuningStore
+from tetris.autotune.team import Team, local_gpu
+from tetris.autotune.tune_problems import Outcome, tune_problems
+from tetris.bench.report import table
+from tetris.bench.rows import FAILED, SKIPPED, Row, write_csv
+from tetris.bench.tuning_cases import SUITES
+
+RESULT = "result "
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--suite", choices=sorted(SUITES), default="vgg16")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="GPUs to use, one run each")
+    parser.add_argument("--budget", type=int, help="configurations to measure a layer; default: a full search")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """A row a run, cold ones first; the CSV grows as they come."""
+    rows: list[Row] = []
+    most = max(args.processes)
+    if torch.cuda.device_count() < most:
+        rows.append(Row("tuning scaling", args.suite, f"{most} processes", status=f"{SKIPPED}: not so many GPUs"))
+        write_csv(args.out / "tuning_scaling.csv", rows)
+        return rows
+    with tempfile.TemporaryDirectory() as folder:
+        seconds: dict[str, float] = {}
+        for state in ("cold", "warm"):
+            for processes in args.processes:
+                found = run_processes(processes, state, args, most, Path(folder))
+                row = summary(args.suite, processes, state, found)
+                first_seconds = seconds.setdefault(state, row.median_us)
+                rows.append(Row(**{**vars(row), "speedup": first_seconds / row.median_us}))
+                write_csv(args.out / "tuning_scaling.csv", rows)
+                print(show(rows[-1:]), flush=True)
+    return rows
+
+
+def show(rows: list[Row]) -> str:
+    """Seconds and their parts."""
+    parts = ["kernels", "seconds", "compile_seconds", "waited_seconds", "measured_seconds", "problems"]
+    return table(rows, extra=parts)
+
+
+def run_processes(
+    processes: int, state: str, args: argparse.Namespace, most: int, folder: Path
+) -> list[dict[str, Any]]:
+    """What every process of one run printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "tetris.bench.tuning_scaling_bench", args.suite, str(args.budget or 0), str(most)]
+    environment = os.environ | {
+        "TETRIS_CACHE_DIR": str(folder / f"store {processes} {state}"),
+        "TRITON_CACHE_DIR": str(folder / f"kernels {processes}"),
+    }
+    text = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False).stdout
+    return [json.loads(line.removeprefix(RESULT)) for line in text.splitlines() if line.startswith(RESULT)]
+
+
+def summary(suite: str, processes: int, state: str, found: list[dict[str, Any]]) -> Row:
+    """The slowest process's seconds; what compiling took on all processors together."""
+    name = f"{processes} process{'es' if processes > 1 else ''}"
+    if len(found) < processes:
+        return Row("tuning scaling", suite, name, status=f"{FAILED}: {len(found)} of {processes} processes ended well")
+    extra: dict[str, Any] = {"kernels": state, "processes": processes}
+    extra |= {key: max(one[key] for one in found) for key in ("seconds", "waited_seconds", "measured_seconds")}
+    extra |= {key: sum(one[key] for one in found) for key in ("compile_seconds", "workers")}
+    extra["problems"] = "+".join(str(one["problems"]) for one in found)
+    where = device_name("cuda"), versions()
+    return Row("tuning scaling", suite, name, 1e6 * extra["seconds"], device=where[0], versions=where[1], extra=extra)
+
+
+def main() -> None:
+    """One process of a run: suite, budget (0 = a full search), largest number of processes."""
+    suite, budget, most = sys.argv[1], int(sys.argv[2]) or None, int(sys.argv[3])
+    gpu = torch.device(local_gpu())
+    torch.cuda.set_device(gpu)
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // most
+    os.sched_setaffinity(0, cores[gpu.index * share : (gpu.index + 1) * share])
+    wanted = [case.wanted(str(gpu), torch.float16) for case in SUITES[suite]]
+    outcomes: list[Outcome] = []
+    torch.cuda.synchronize()
+    team = Team.of_torchrun()
+    team.announce(f"ready {team.rank}", "")
+    team.wait_for(f"ready {rank}" for rank in range(team.world))
+    started = time.monotonic()
+    tune_problems(wanted, device_info(gpu), TuningStore(), budget=budget, team=team, on_outcome=outcomes.append)
+    result: dict[str, Any] = {"seconds": time.monotonic() - started, "workers": default_workers()}
+    for name in ("compile_seconds", "waited_seconds", "measured_seconds"):
+        result[name] = sum(getattr(outcome, name) for outcome in outcomes)
+    print(RESULT + json.dumps(result | {"problems": len(outcomes)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
