@@ -21,11 +21,17 @@ from tetris.kernels.configs import (
     padded_block,
 )
 from tetris.kernels.hopper.linear import supports as hopper_supports
-from tetris.kernels.hopper.linear_schedule import LinearSchedule
+from tetris.kernels.hopper.linear_schedule import LinearSchedule, make_linear_schedule
+from tetris.kernels.split_schedule import SplitSchedule, make_split_schedule
+from tetris.kernels.split_schedule import supports as split_supports
 from tetris.layout import ceil_div
 
 DECODE_TOKENS = 16
 """Up to one matrix instruction's columns of tokens."""
+
+
+SCHEDULED = ("hopper", "split")
+"""The kernels that take an offline schedule."""
 
 
 HARDLY_SHARED = 0.85
@@ -106,12 +112,44 @@ def hardly_shares(schedule: LinearSchedule) -> bool:
     return schedule.fetched_stages > HARDLY_SHARED * schedule.products
 
 
+def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:
+    """Why the config's kernel does not take the problem; None = it does."""
+    if config.kernel == "hopper":
+        return hopper_supports(problem, device, config)
+    if config.kernel == "split":
+        return split_supports(problem, device, config)
+    if config.kernel == "decode" and problem.tokens > DECODE_TOKENS:
+        return f"takes {DECODE_TOKENS} tokens at most; got {problem.tokens}"
+    return None
+
+
+def linear_schedule(
+    problem: LinearProblem, config: LinearConfig, indptr: torch.Tensor, indices: torch.Tensor, sm_count: int
+) -> LinearSchedule | SplitSchedule | None:
+    """The offline schedule of a config's kernel for one layout; None where it takes none."""
+    if config.kernel == "hopper":
+        return make_linear_schedule(
+            indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
+            n_programs=sm_count,
+        )  # fmt: skip
+    if config.kernel == "split":
+        return make_split_schedule(
+            indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
+            tile_out=config.tile_out, n_programs=sm_count,
+        )  # fmt: skip
+    return None
+
+
 def linear_launcher(kernel: str) -> Callable[..., torch.Tensor]:
     """The launcher of a config's ``kernel``; imports Triton."""
     if kernel == "hopper":
         from tetris.kernels.hopper import linear as hopper
 
         return hopper.block_sparse_linear
+    if kernel == "split":
+        from tetris.kernels import linear_split
+
+        return linear_split.block_sparse_linear
     if kernel == "decode":
         from tetris.kernels import linear_decode
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tetris.kernels.configs import LinearConfig, LinearProblem, is_power_of_two_tile
+from tetris.kernels.configs import LinearConfig
 from tetris.kernels.descriptors import describable, describe
 from tetris.kernels.epilogue import add_bias, store_rows
 from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule
@@ -106,18 +106,6 @@ def linear_split_kernel(
         store_rows(acc, y_ptr, residual_ptr, output_permutation_ptr, offs_m, mask_m, offs_o, mask_o, N, ACTIVATION)
 
 
-def supports(problem: LinearProblem, config: LinearConfig) -> str | None:
-    """Why this problem cannot run with this config; None = it can."""
-    if problem.weight_dtype:
-        return f"takes weights of x's dtype; got {problem.weight_dtype}"
-    tiles = (config.tile_out, config.tile_k, config.tile_tokens)
-    if not all(is_power_of_two_tile(size) for size in tiles):
-        return f"takes tiles that are powers of two from 16; got {tiles}"
-    if problem.block[0] % config.tile_out or problem.block[1] % config.tile_k:
-        return f"takes tiles that divide the blocks; got {tiles[:2]} for {problem.block}"
-    return None
-
-
 def block_sparse_linear(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -134,7 +122,7 @@ def block_sparse_linear(
     config: LinearConfig,
     schedule: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """As :func:`tetris.kernels.linear.block_sparse_linear`, for problems and configs that :func:`supports` takes.
+    """As :func:`tetris.kernels.linear.block_sparse_linear`, for what ``split_schedule.supports`` takes.
 
     Args:
         input_permutation: moved through by a kernel of its own, before.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, is_power_of_two_tile
 from tetris.kernels.splitting import PartCosts, choose_parts, cut
 from tetris.layout import ceil_div
 
@@ -41,6 +42,22 @@ class SplitSchedule:
     def tensors(self) -> list[torch.Tensor]:
         """What the launcher takes."""
         return [self.parts, self.counters]
+
+
+def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:
+    """Why the split kernel cannot run this problem with this config; None = it can."""
+    if not device.has_descriptors:
+        return f"needs tensor descriptors in hardware; {device.name} has none"
+    if problem.dtype not in ("float16", "bfloat16") or problem.weight_dtype:
+        return f"takes float16 and bfloat16; got {problem.dtype} {problem.weight_dtype}".rstrip()
+    if problem.in_features % 8:
+        return f"takes multiples of 8 inputs (16-byte rows); got {problem.in_features}"
+    tiles = (config.tile_out, config.tile_k, config.tile_tokens)
+    if not all(is_power_of_two_tile(size) for size in tiles):
+        return f"takes tiles that are powers of two from 16; got {tiles}"
+    if problem.block[0] % config.tile_out or problem.block[1] % config.tile_k:
+        return f"takes tiles that divide the blocks; got {tiles[:2]} for {problem.block}"
+    return None
 
 
 def make_split_schedule(

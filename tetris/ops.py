@@ -29,7 +29,7 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.conv2d_paths import conv2d_launcher
 from tetris.kernels.device import device_info
-from tetris.kernels.linear_paths import linear_launcher, refuses_weights
+from tetris.kernels.linear_paths import SCHEDULED, linear_launcher, refuses_weights
 from tetris.quantization import LARGEST, dequantize
 from tetris.reference import dense_weight, finish
 
@@ -212,7 +212,7 @@ def block_sparse_linear(
         weight_dtype="" if scales is None else dtype_name(values.dtype),
     )
     chosen = linear_config(problem, device, config)
-    extra = {"schedule": schedule or None} if chosen.kernel == "hopper" else {}
+    extra = {"schedule": schedule or None} if chosen.kernel in SCHEDULED else {}
     return linear_launcher(chosen.kernel)(
         x.contiguous(),
         values,

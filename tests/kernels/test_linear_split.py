@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import HAS_TRITON
+from tests.support.fake_gpu import A100, H200
 from tests.support.moats import nan_outputs
 from tests.support.operands import LinearCase, linear_operands, linear_problem
 from tetris import reference
 from tetris.kernels.configs import LinearConfig
-from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule
+from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule, supports
 from tetris.kernels.splitting import PartCosts, choose_parts, cut, makespan
 from tetris.tolerances import relative_error, tolerance
 
@@ -124,18 +124,18 @@ def test_even_parts_and_their_makespan():
     assert makespan([4.0, 3.0, 3.0, 2.0], 2) == 6.0
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
-    ("change", "config", "reason"),
+    ("change", "device", "config", "reason"),
     [
-        ({"weight_dtype": "int8"}, CONFIG, "weights"),
-        ({"block": (48, 64)}, CONFIG, "divide"),
-        ({}, replace(CONFIG, tile_tokens=24), "powers of two"),
+        ({}, A100, CONFIG, "descriptors"),
+        ({"dtype": "float32"}, H200, CONFIG, "float32"),
+        ({"weight_dtype": "int8"}, H200, CONFIG, "int8"),
+        ({"in_features": 4100}, H200, CONFIG, "multiples of 8"),
+        ({"block": (48, 64)}, H200, CONFIG, "divide"),
+        ({}, H200, replace(CONFIG, tile_tokens=24), "powers of two"),
     ],
 )
-def test_says_why_it_does_not_support(change, config, reason):
-    from tetris.kernels.linear_split import supports
-
+def test_says_why_it_does_not_support(change, device, config, reason):
     problem = linear_problem(LONG, linear_operands(LONG, torch.float16, torch.device("cpu")))
-    assert supports(problem, config) is None or not change
-    assert reason in (supports(replace(problem, **change), config) or "")
+    assert supports(problem, H200, CONFIG) is None
+    assert reason in (supports(replace(problem, **change), device, config) or "")
