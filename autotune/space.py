@@ -123,7 +123,7 @@ def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Con
         for (n, h, w), group in itertools.product(shapes, (0, 1) if problem.block_rows > 1 else (0,)):
             yield Conv2dConfig(
                 tile_n=n, tile_h=h, tile_w=w, tile_k=k, descriptors=path, group_rows=group, num_warps=warps,
-                num_stages=stages,
+                num_stages=stages, precision=device.fp32_precision,
             )  # fmt: skip
 
 
@@ -131,13 +131,13 @@ def _portable_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Lin
     most = max(16, 1 << (problem.tokens - 1).bit_length())
     tiles = [tile for tile in (16, 32, 64, 128, 256) if tile <= most]
     paths = [True, False] if device.has_descriptors else [False]
-    for tile, k, warps, stages, path in itertools.product(tiles, _steps(problem), (4, 8), (3, 5, 7), paths):
+    for tile, k, warps, stages, path in itertools.product(tiles, _steps(problem), (4, 8), (3, 5, 7, 10), paths):
         if _fits(problem, device, tile, 0, k, warps, stages):
             for group in (0, 1, 8):
                 if group < problem.block_rows:
                     yield LinearConfig(
                         tile_tokens=tile, tile_k=k, descriptors=path, group_rows=group, num_warps=warps,
-                        num_stages=stages,
+                        num_stages=stages, precision=device.fp32_precision,
                     )  # fmt: skip
 
 

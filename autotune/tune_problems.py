@@ -100,9 +100,12 @@ def tune_problems(
         the choices of the whole team; problems that nothing runs are absent.
     """
     team = team or Team.alone()
-    todo = sorted(wanted, key=lambda item: -predicted_us(item, device, budget))  # the longest first: they even out
-    configs = [candidates(item.problem, device, pools(item.layer), budget) for item in todo]
-    jobs = [item.job(config) for item, tried in zip(todo, configs) for config in tried]
+    tried = {item.key: candidates(item.problem, device, pools(item.layer), budget) for item in wanted}
+    todo = sorted(
+        wanted, key=lambda item: -predicted_us(item, device, tried[item.key])
+    )  # the longest first: it evens out
+    configs = [tried[item.key] for item in todo]
+    jobs = [item.job(config) for item in todo for config in tried[item.key]]
     pool = CompilePool(jobs, str(todo[0].x.device), team, workers) if todo and workers != 0 else None
 
     def report() -> None:
@@ -129,9 +132,8 @@ def tune_problems(
     return [Entry.from_json(data, "tune") for data in map(json.loads, texts) if data is not None]
 
 
-def predicted_us(wanted: Wanted, device: DeviceInfo, budget: int | None) -> float:
-    """What measuring a problem will about take; only ratios count."""
-    tried = candidates(wanted.problem, device, pools(wanted.layer), budget)
+def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> float:
+    """What measuring a problem's configurations will about take; only ratios count."""
     return len(tried) * (500.0 + estimate_us(wanted.problem, device, tried[0]))
 
 
