@@ -79,6 +79,9 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help="Decisions by layer from `tetris plan`; replaces sparsity, block.")
     ] = None,
+    weight_dtype: Annotated[
+        str | None, typer.Option(help="int8 or float8_e4m3fn: pruned linear layers' weights in one byte.")
+    ] = None,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
@@ -90,7 +93,7 @@ def prune(
     if plan is None:
         options |= {"sparsity": parse_sparsity(sparsity), "block": parse_block(block)}
     user = _user_model(target, weights, input_shape, device, dtype, seed)
-    prune_user_model(user, out, options, Console(), plan_path=plan, overwrite=force)
+    prune_user_model(user, out, options, Console(), plan_path=plan, overwrite=force, weight_dtype=weight_dtype)
 
 
 @app.command()

@@ -39,6 +39,7 @@ def prune_user_model(
     console: Console,
     plan_path: Path | None = None,
     overwrite: bool = False,
+    weight_dtype: str | None = None,
 ) -> None:
     """Prune -> convert -> verify -> time -> save; ``out`` appears complete or not at all.
 
@@ -48,6 +49,7 @@ def prune_user_model(
     Args:
         options: of ``tetris.prune``, but for the model and its inputs.
         plan_path: a plan's JSON instead of sparsity and block.
+        weight_dtype: of ``tetris.convert``.
     Raises:
         TetrisError: bad options, a model that does not run, a conversion outside its tolerance (nothing is saved).
     """
@@ -65,7 +67,8 @@ def prune_user_model(
         progress.update(task, description="convert")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fast = tetris.convert(pruned, example_inputs=user.inputs, plan=options.get("plan"))
+            plan = options.get("plan")
+            fast = tetris.convert(pruned, example_inputs=user.inputs, plan=plan, weight_dtype=weight_dtype)
         apply_tuned(fast, user.inputs)
         progress.update(task, description="verify")
         report = tetris.verify(pruned, fast, example_inputs=user.inputs)

@@ -26,6 +26,7 @@ from tetris.masking import bake_masks, reorderings
 from tetris.orders import input_gather, output_scatter, storage_orders
 from tetris.permutation import expand, is_identity
 from tetris.plans import Block, ModelPlan
+from tetris.quantization import stored_dtype
 from tetris.reordering import Reordering, reorder
 from tetris.specs import match, prunable_layers
 from tetris.stem import StemConv2d
@@ -44,6 +45,7 @@ class ConvertedLayer:
         batch_norm: name of the batch norm folded into it.
         input_order, output_order: storage orders of its input and output channels; None = original.
         reason: why it is dense.
+        weight_dtype: "int8" or "float8_e4m3fn" for quantised weights; "" = the activations'.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ConvertedLayer:
     input_order: torch.Tensor | None = None
     output_order: torch.Tensor | None = None
     reason: str = ""
+    weight_dtype: str = ""
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Conversion:
         rows = [
             (
                 layer.name,
-                layer.kind,
+                f"{layer.kind}, {layer.weight_dtype} weights" if layer.weight_dtype else layer.kind,
                 f"{layer.block[0]}x{layer.block[1]}" if layer.block else "",
                 f"{layer.kept_fraction:.3f}",
                 layer.permutes or "nothing",
@@ -89,6 +92,7 @@ def convert(
     dense: Sequence[str] = (),
     plan: ModelPlan | None = None,
     fuse: bool = True,
+    weight_dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Replace the pruned layers of ``model`` by block-sparse ones; the result computes the masked model's outputs.
 
@@ -103,12 +107,16 @@ def convert(
         plan: kernel configs by layer, from :func:`tetris.plan`; layers it calls dense run dense, layers that it gives a
             block without pruning them run on the block kernel with all blocks kept (traced models only).
         fuse: fold batch norms and fuse activations and residual adds (needs tracing).
+        weight_dtype: "int8" or "float8_e4m3fn" store the weights of block-sparse linear layers in one byte, with a
+            scale an output channel (``tetris.quantization``): half the bytes of float16, which is what few tokens wait
+            for. Convolutions and dense layers keep theirs, and so do all layers with None.
     Returns:
         a model for inference (evaluation mode, no gradients), drop-in for the same inputs and outputs; its channel
         order is the original at the network's inputs and outputs. ``fast.conversion`` says what became of each layer.
     Raises:
-        TetrisError: nothing in the model is pruned by blocks.
+        TetrisError: nothing in the model is pruned by blocks, or ``weight_dtype`` has no linear layer to apply to.
     """
+    stored = None if weight_dtype is None else stored_dtype(weight_dtype)
     masked = reorderings(model)
     found = {n: r for n, r in masked.items() if r.block_mask is not None}
     if not found and plan is None:
@@ -130,8 +138,12 @@ def convert(
     full = {n: block for n, block in full.items() if n not in masked}
     configs = {n: plan[n].config for n in [*sparse, *full] if plan is not None and n in plan}
     bake_masks(model)
-    converter = _Converter(model, graph, sparse, full, configs, fuse)
+    converter = _Converter(model, graph, sparse, full, configs, fuse, stored)
     converted = converter.run()
+    if stored is not None and not any(layer.weight_dtype for layer in converter.layers.values()):
+        raise TetrisError(
+            "convert: weight_dtype is for block-sparse linear layers; the model has none; leave it out or prune one"
+        )
     for name in masked.keys() - sparse.keys():
         converter.layers[name].reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
     return converted.eval()
@@ -154,8 +166,10 @@ class _Converter:
         full: dict[str, Block],
         configs: dict[str, str],
         fuse: bool,
+        stored: torch.dtype | None,
     ) -> None:
         self.graph, self.sparse, self.full, self.configs, self.fuse = graph, sparse, full, configs, fuse
+        self.stored = stored
         self.target: nn.Module = graph.module if graph else model
         self.layers = {n: ConvertedLayer(n, "dense") for n in prunable_layers(self.target)}
 
@@ -226,7 +240,8 @@ class _Converter:
             if isinstance(module, nn.Conv2d):
                 layer = BlockSparseConv2d.from_dense(module, reordering, **options)
             else:
-                layer = BlockSparseLinear.from_dense(module, reordering, **options)
+                layer = BlockSparseLinear.from_dense(module, reordering, **options, weight_dtype=self.stored)
+                record.weight_dtype = layer.weight_dtype
         except UnsupportedError as error:
             raise UnsupportedError(f"convert: {name}: {error}; pass dense=[{name!r}]") from error
         self.target.set_submodule(name, layer)

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 
 from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.conversion import Conversion, ConvertedLayer, to_channels_last
-from tetris.errors import FileFormatError, TetrisError
+from tetris.errors import FileFormatError, TetrisError, describe
 from tetris.files import atomic_file
 from tetris.graph_json import ensure_module, module_to_json, node_to_json, rebuild_graph, with_tuples
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.quantization import LARGEST
 from tetris.stem import StemConv2d
 
 FORMAT = "tetris-model"
@@ -92,10 +93,9 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
             )
         else:
             result = copy.deepcopy(model)
-        shapes = {name: t.shape for name, t in tensors.items()}
         for name, arguments in header["block_sparse"].items():
             parent, _, leaf = name.rpartition(".")
-            setattr(ensure_module(result, parent), leaf, _block_sparse_from_json(name, arguments, shapes))
+            setattr(ensure_module(result, parent), leaf, _block_sparse_from_json(name, arguments, tensors))
         for name, arguments in header["stems"].items():
             parent, _, leaf = name.rpartition(".")
             setattr(ensure_module(result, parent), leaf, StemConv2d(**with_tuples(arguments)))
@@ -109,7 +109,9 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
         if isinstance(error, TetrisError):
             raise
         raise FileFormatError(f"load: {path} has a damaged description ({type(error).__name__}: {error})") from error
-    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    quantised = [name for name, arguments in header["block_sparse"].items() if "weight_dtype" in arguments]
+    kept = {f"{name}.{part}" for name in quantised for part in ("values", "scales")}
+    dtypes = {t.dtype for name, t in tensors.items() if t.is_floating_point() and name not in kept}
     result = result.to(device=device, dtype=dtypes.pop() if len(dtypes) == 1 else None)
     try:
         result.load_state_dict(tensors, strict=True)
@@ -147,9 +149,8 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], dict[
 
 # -- layers ------------------------------------------------------------------------------------------------------------
 def _layer_to_json(layer: ConvertedLayer) -> dict[str, Any]:
-    return {
-        k: v for k, v in vars(layer).items() if not isinstance(v, Tensor) and k not in ("input_order", "output_order")
-    }
+    left_out = {"input_order", "output_order"} | (set() if layer.weight_dtype else {"weight_dtype"})
+    return {k: v for k, v in vars(layer).items() if not isinstance(v, Tensor) and k not in left_out}
 
 
 def _block_sparse_to_json(layer: BlockSparseLayer) -> dict[str, Any]:
@@ -161,18 +162,23 @@ def _block_sparse_to_json(layer: BlockSparseLayer) -> dict[str, Any]:
         "bias": layer.bias is not None,
         "permutes": [layer.input_permutation is not None, layer.output_permutation is not None],
         **{name: getattr(layer, name) for name in names},
+        **({"weight_dtype": layer.weight_dtype} if isinstance(layer, BlockSparseLinear) and layer.weight_dtype else {}),
     }
 
 
-def _block_sparse_from_json(name: str, arguments: dict[str, Any], shapes: dict[str, torch.Size]) -> BlockSparseLayer:
+def _block_sparse_from_json(name: str, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> BlockSparseLayer:
     values = with_tuples(arguments)
     kind, (permutes_in, permutes_out) = LAYERS[values.pop("class")], values.pop("permutes")
     layer = kind(**values)
     for side, wanted, size in (("input", permutes_in, layer.shape[1]), ("output", permutes_out, layer.shape[0])):
         if wanted:
             layer.register_buffer(f"{side}_permutation", torch.arange(size))
-    if shapes.get(f"{name}.values") != layer.values.shape:
-        raise FileFormatError(
-            f"load: {name}: wanted values of {tuple(layer.values.shape)}; the file holds {shapes.get(f'{name}.values')}"
-        )
+    stored, wanted = tensors.get(f"{name}.values"), layer.values
+    if stored is None or stored.shape != wanted.shape or not _same_kind(stored.dtype, wanted.dtype):
+        raise FileFormatError(f"load: {name}: wanted values as {describe(wanted)}; the file holds {describe(stored)}")
     return layer
+
+
+def _same_kind(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether values of dtype a may be read into a layer of dtype b: not if either is quantised and they differ."""
+    return a == b or not {a, b} & LARGEST.keys()

@@ -2,13 +2,16 @@
 
 Every converted layer is run on the input it really gets and compared with its masked original in float64; then the
 whole network's outputs are compared. Errors are relative Frobenius norms against the table in ``tetris.tolerances``.
+
+A layer with quantised weights is compared with the masked original whose weights are quantised likewise, within the
+same tolerances; what quantisation itself costs is reported beside them, without a verdict.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from tetris.errors import ShapeError, TetrisError, describe
 from tetris.graph import ExampleInputs, as_arguments
 from tetris.masking import bake_masks
 from tetris.permutation import apply, inverse
+from tetris.quantization import quantized, stored_dtype
 from tetris.reference import activate
 from tetris.tolerances import relative_error, tolerance
 
@@ -42,10 +46,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of :func:`verify`: a check for each replaced layer and one or more end to end."""
+    """The outcome of :func:`verify`: a check for each replaced layer and one or more end to end.
+
+    ``quantization``: relative error that one-byte weights bring, in float64: of each quantised layer's weights by its
+    name, and of the network's outputs; empty without such layers.
+    """
 
     layers: list[Check]
     outputs: list[Check]
+    quantization: dict[str, float] = field(default_factory=dict)
 
     @property
     def checks(self) -> list[Check]:
@@ -65,7 +74,8 @@ class Verification:
         ]
         verdict = "all within tolerance" if self.passed else f"{sum(not c.passed for c in self.checks)} checks FAILED"
         table = tabulate(rows, headers=("layer", "", "error", "limit", ""), disable_numparse=True)
-        return f"{table}\n{verdict}"
+        lost = "".join(f"\nweight quantisation, relative error: {n} {e:.2e}" for n, e in self.quantization.items())
+        return f"{table}\n{verdict}{lost}"
 
 
 def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) -> Verification:
@@ -80,7 +90,8 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
         of layers, as independent roundings do, or is twice the masked model's own rounding error if that is larger.
     Raises:
         TetrisError: ``fast`` is no converted model; outputs that differ in structure.
-    Cost: a copy of the masked model, one forward pass of each model and one of the masked one in float64.
+    Cost: a copy of the masked model, one forward pass of each model and one of the masked one in float64; two with
+    quantised weights.
     """
     record = getattr(fast, "conversion", None)
     if not isinstance(record, Conversion):
@@ -104,12 +115,33 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
     with torch.no_grad():
         own = masked(*args, **kwargs)
         reference_model = masked.double()
+        exact_args, exact_kwargs = _to_double(args), _to_double(kwargs)
+        exact = reference = reference_model(*exact_args, **exact_kwargs)
+        quantization = _quantize_weights(reference_model, record)
+        if quantization:
+            reference = reference_model(*exact_args, **exact_kwargs)
         layers = [
             _check_layer(reference_model, fast.get_submodule(name), record.layers[name], *captured[name])  # type: ignore[arg-type]
             for name in captured
         ]
-        reference = reference_model(*_to_double(args), **_to_double(kwargs))
-    return Verification(layers, _check_outputs(y, reference, own, len(record.layers)))
+    outputs = _check_outputs(y, reference, own, exact, len(record.layers))
+    if quantization:
+        pairs = zip(_tensors(reference), _tensors(exact))
+        quantization |= {check.name: relative_error(a, b) for check, (a, b) in zip(outputs, pairs)}
+    return Verification(layers, outputs, quantization)
+
+
+def _quantize_weights(model: nn.Module, record: Conversion) -> dict[str, float]:
+    """Give the quantised layers' masked originals in float64 such weights too; relative errors of these by layer."""
+    errors = {}
+    for name, layer in record.layers.items():
+        if layer.weight_dtype:
+            original = model.get_submodule(name)
+            assert isinstance(original, nn.Linear)
+            rounded = quantized(original.weight, stored_dtype(layer.weight_dtype))
+            errors[name] = relative_error(rounded, original.weight)
+            original.weight.data = rounded
+    return errors
 
 
 def _capture(name: str, captured: dict[str, tuple[Tensor, Tensor | None, Tensor]]) -> Any:
@@ -145,17 +177,18 @@ def _check_layer(
     return Check(record.name, relative_error(y, expected), limit, detail)
 
 
-def _check_outputs(y: Any, reference: Any, own: Any, depth: int) -> list[Check]:
-    tensors, references, owns = (_tensors(v) for v in (y, reference, own))
+def _check_outputs(y: Any, reference: Any, own: Any, exact: Any, depth: int) -> list[Check]:
+    """``own`` and ``exact``: outputs of the masked model in its dtype and in float64, before any quantisation."""
+    tensors, references, owns, exacts = (_tensors(v) for v in (y, reference, own, exact))
     if len(tensors) != len(references) or any(a.shape != b.shape for a, b in zip(tensors, references)):
         raise ShapeError(
             f"verify: wanted outputs like the masked model's: {', '.join(map(describe, references))}; "
             f"got {', '.join(map(describe, tensors))}"
         )
     checks = []
-    for i, (a, b, c) in enumerate(zip(tensors, references, owns)):
+    for i, (a, b, c, d) in enumerate(zip(tensors, references, owns, exacts)):
         tf32 = a.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-        limit = max(tolerance(a.dtype, tf32) * math.sqrt(max(1, depth)), 2 * relative_error(c, b))
+        limit = max(tolerance(a.dtype, tf32) * math.sqrt(max(1, depth)), 2 * relative_error(c, d))
         checks.append(
             Check("network" if len(tensors) == 1 else f"network output {i}", relative_error(a, b), limit, "end to end")
         )
