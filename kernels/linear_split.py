@@ -18,7 +18,7 @@ import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig
 from tetris.kernels.descriptors import describable, describe
-from tetris.kernels.epilogue import add_bias, store_rows
+from tetris.kernels.epilogue import add_bias, scale_rows, store_rows
 from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule
 from tetris.layout import ceil_div
 
@@ -42,6 +42,7 @@ def linear_split_kernel(
     x_desc,  # [M, K], boxes [TILE_M, TILE_K]
     w_desc,  # [n_blocks * BLOCK_OUT, BLOCK_IN], boxes [TILE_OUT, TILE_K]
     y_ptr,  # [M, N]
+    scales_ptr,
     bias_ptr,
     residual_ptr,
     output_permutation_ptr,
@@ -81,7 +82,7 @@ def linear_split_kernel(
         k = (step % SPLIT_K) * TILE_K
         x = x_desc.load([m0, tl.load(record + HEAD + block) + k])  # [TILE_M, TILE_K]
         w = w_desc.load([(first_block + block) * BLOCK_OUT + (out_tile % SPLIT_OUT) * TILE_OUT, k])
-        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+        acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION)
 
     offs_o = out_tile * TILE_OUT + tl.arange(0, TILE_OUT)
     offs_m = m0 + tl.arange(0, TILE_M)
@@ -102,7 +103,7 @@ def linear_split_kernel(
                 two = tl.load(here + TILE_OUT * TILE_M, mask=part + 1 < siblings, other=0.0, cache_modifier=".cg")
                 acc = acc + one + two
     if finish:
-        acc = add_bias(acc, bias_ptr, offs_o, mask_o)
+        acc = add_bias(scale_rows(acc, scales_ptr, offs_o, mask_o), bias_ptr, offs_o, mask_o)
         store_rows(acc, y_ptr, residual_ptr, output_permutation_ptr, offs_m, mask_m, offs_o, mask_o, N, ACTIVATION)
 
 
@@ -119,6 +120,7 @@ def block_sparse_linear(
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
     allow_tf32: bool = False,
+    scales: torch.Tensor | None = None,
     config: LinearConfig,
     schedule: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -157,6 +159,7 @@ def block_sparse_linear(
         describe(rows, [config.tile_tokens, config.tile_k]),
         describe(values.view(-1, block_in), [config.tile_out, config.tile_k]),
         y,
+        scales,
         bias,
         None if residual is None else residual.reshape(tokens, out_features).contiguous(),
         output_permutation,

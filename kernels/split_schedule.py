@@ -48,8 +48,8 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
     """Why the split kernel cannot run this problem with this config; None = it can."""
     if not device.has_descriptors:
         return f"needs tensor descriptors in hardware; {device.name} has none"
-    if problem.dtype not in ("float16", "bfloat16") or problem.weight_dtype:
-        return f"takes float16 and bfloat16; got {problem.dtype} {problem.weight_dtype}".rstrip()
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"takes float16 and bfloat16; got {problem.dtype}"
     if problem.in_features % 8:
         return f"takes multiples of 8 inputs (16-byte rows); got {problem.in_features}"
     tiles = (config.tile_out, config.tile_k, config.tile_tokens)

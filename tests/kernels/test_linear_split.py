@@ -58,6 +58,8 @@ def check(case: LinearCase, config: LinearConfig, dtype: torch.dtype, device: to
         (replace(LONG, block=(32, 32), extras=("output",)), replace(CONFIG, tile_out=32, tile_k=32)),
         (LinearCase(200, 136, (64, 64), (19,), extras=EVERYTHING, activation="relu"), CONFIG),
         (LinearCase(64, 64, (64, 64), (0,)), CONFIG),
+        (replace(LONG, weight_dtype="int8"), CONFIG),
+        (replace(LONG, weight_dtype="float8_e4m3fn", extras=("bias",)), CONFIG),
     ],
     ids=lambda value: str(value) if isinstance(value, LinearCase) else "",
 )
@@ -129,7 +131,6 @@ def test_even_parts_and_their_makespan():
     [
         ({}, A100, CONFIG, "descriptors"),
         ({"dtype": "float32"}, H200, CONFIG, "float32"),
-        ({"weight_dtype": "int8"}, H200, CONFIG, "int8"),
         ({"in_features": 4100}, H200, CONFIG, "multiples of 8"),
         ({"block": (48, 64)}, H200, CONFIG, "divide"),
         ({}, H200, replace(CONFIG, tile_tokens=24), "powers of two"),
