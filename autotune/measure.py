@@ -71,7 +71,11 @@ class ReorderedBlocks:
     @staticmethod
     def of(weight: torch.Tensor, importance: str, reordering: Reordering) -> ReorderedBlocks:
         """From a weight and its reordering."""
-        scores = channel_importance(importance_of(weight.detach(), importance))
+        return ReorderedBlocks.of_scores(channel_importance(importance_of(weight.detach(), importance)), reordering)
+
+    @staticmethod
+    def of_scores(scores: torch.Tensor, reordering: Reordering) -> ReorderedBlocks:
+        """From the importance of every (output, input) channel pair."""
         return ReorderedBlocks(reordering, block_sums(apply(scores, reordering.permutations), reordering.block).cpu())
 
     def _cumulative(self) -> torch.Tensor:

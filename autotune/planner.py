@@ -19,6 +19,7 @@ from tetris.autotune.decide import allocate, choose_block
 from tetris.autotune.device import device_name, versions
 from tetris.autotune.measure import Epilogue, LayerTimer
 from tetris.autotune.never_slower import never_slower
+from tetris.autotune.own_orders import OrderChooser, measured_moves, own_orders
 from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.autotune.store import TuningStore
 from tetris.autotune.unpruned import UnprunedLayers
@@ -55,6 +56,7 @@ def plan(
     repeats: int = 15,
     seconds_per_layer: float = 2.0,
     seed: int = 0,
+    permutations: str = "auto",
     whole: str | None = "auto",
     progress: Progress | None = None,
 ) -> ModelPlan:
@@ -80,6 +82,8 @@ def plan(
         store: tuned kernel configurations to measure with; None = the user's and the package's.
         repeats, seconds_per_layer: timed runs of every candidate, fewer once a layer has taken that long.
         seed: of the reordering and the random inputs.
+        permutations: "shared": no layer's channels are moved at run time; "auto": a layer has its own order where that
+            lets it prune so much more that it pays for moving them, see :mod:`tetris.autotune.own_orders`.
         whole: how to run the whole network, dense and converted, for the last check: "eager", "graph" (CUDA graph),
             "compile" (with a CUDA graph on a GPU), "auto" (compile on a GPU, else eager) or None to leave it out.
             While the converted network is slower, the layers that gain least go back to dense, and the plan says so.
@@ -133,7 +137,12 @@ def plan(
     else:
         plans = [_at_critical_point(p, rates[p.name][0]) if p.name in rates and p.candidates else p for p in plans]
     decided = ModelPlan(tuple(plans), device_name(where), versions(), dtype_name(first.dtype), method, budget)
-    if whole is None or where != first.device:
+    if where != first.device:
+        return decided
+    if permutations == "auto" and decided.blocks:
+        chooser = OrderChooser(measured_moves(first, repeats), method, importance, seed=seed)
+        decided = own_orders(model, example_inputs, decided, chooser, inputs, epilogues)
+    if whole is None:
         return decided
     how = best_way(where) if whole == "auto" else whole
     return never_slower(decided, WholeNetwork(model, example_inputs, how, method, repeats, seed))

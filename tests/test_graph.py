@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import tetris
+from tetris.channels import Channels, Member
 from tetris.errors import UnsupportedError
-from tetris.graph import Member, channel_groups, trace
+from tetris.graph import channel_groups, trace
 from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18
 from tetris.orders import input_gather, output_scatter, unit_order
 from tetris.permutation import expand
@@ -23,7 +24,7 @@ def test_lenet_pairs_every_output_with_the_next_input():
     graph = channel_groups(LeNet(), torch.randn(1, 1, 28, 28))
     assert [g.fixed for g in graph.groups] == ["network input", None, None, None, "network output"]
     assert graph.groups[2].members == [Member("conv2", "output"), Member("fc1", "input", 16)]
-    assert graph.inputs["fc1"] == (2, 16)
+    assert graph.inputs["fc1"] == Channels((2,), 16)
     assert "conv2 (out), fc1 (in)" in str(graph)
 
 

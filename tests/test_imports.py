@@ -43,6 +43,7 @@ LAYERS: dict[str, int] = {
     "block_sparse_layer": 4,
     "layers": 4,
     "stem": 4,
+    "channels": 4,
     "fusion": 4,
     "orders": 4,
     "graph": 4,

@@ -20,11 +20,12 @@ from torch import fx, nn
 from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.fusion import fold_batch_norms, fuse_epilogues
-from tetris.graph import ExampleInputs, ModelGraph, channel_groups
+from tetris.channels import ModelGraph
+from tetris.graph import ExampleInputs, channel_groups
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.masking import bake_masks, reorderings
-from tetris.orders import input_gather, output_scatter, storage_orders
-from tetris.permutation import expand, is_identity
+from tetris.orders import feature_order, input_gather, output_scatter, storage_orders
+from tetris.permutation import is_identity
 from tetris.plans import Block, ModelPlan
 from tetris.quantization import stored_dtype
 from tetris.reordering import Reordering, reorder
@@ -190,17 +191,13 @@ class _Converter:
                 if name in self.layers:
                     self.layers[name].batch_norm = norm
         orders = storage_orders(graph, self.sparse)
-        for group in graph.groups:
-            for member in group.members:
-                if member.role == "per_channel":
-                    _permute_parameters(
-                        traced.get_submodule(member.module), expand(orders[group.index], member.repeats)
-                    )
+        for name, channels in graph.per_channel.items():
+            _permute_parameters(traced.get_submodule(name), feature_order(channels, orders))
         for name in self.layers:
             if name not in graph.inputs:
                 continue  # registered but never called
-            (group_in, repeats), (group_out, _) = graph.inputs[name], graph.outputs[name]
-            order_in, order_out = expand(orders[group_in], repeats), orders[group_out]
+            order_in = feature_order(graph.inputs[name], orders)
+            order_out = feature_order(graph.outputs[name], orders)
             record = self.layers[name]
             record.input_order = None if is_identity(order_in) else order_in
             record.output_order = None if is_identity(order_out) else order_out

@@ -3,76 +3,28 @@
 The model is traced with torch.fx. The channels of every tensor between layers form a group: the producers' output
 dimensions, the consumers' input dimensions and the per-channel parameters (batch norm) in between. A permutation of a
 group's channels is invisible from outside and free at run time when all its members follow it: that is how the output
-permutation of one layer and the input permutation of the next merge (Sec. 4.3 of the paper). Groups that reach the
-network's inputs or outputs, or an operation that is not known to act per channel, are *fixed*: they keep their order.
+permutation of one layer and the input permutation of the next merge (Sec. 4.3 of the paper). After ``torch.cat`` a
+dimension holds several groups one after the other, each in its own order. Groups that reach the network's inputs or
+outputs, or an operation that is not known to act per channel, are *fixed*: they keep their order.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from tetris.block_sparse_layer import FusedLayer
+from tetris.channels import ChannelGroup, Channels, Member, ModelGraph
 from tetris.errors import UnsupportedError, describe
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One weight dimension (or per-channel parameter set) of a channel group.
-
-    Attributes:
-        module: qualified name.
-        role: "output" (weight dim 0), "input" (weight dim 1) or "per_channel" (norms, depthwise convolutions).
-        repeats: consecutive features per channel; > 1 after flattening images.
-    """
-
-    module: str
-    role: str
-    repeats: int = 1
-
-
-@dataclass
-class ChannelGroup:
-    """Weight dimensions that share one order of channels; ``fixed`` says why it must stay the original order."""
-
-    index: int
-    size: int
-    members: list[Member] = field(default_factory=list)
-    fixed: str | None = None
-
-
-@dataclass
-class ModelGraph:
-    """A traced model and its channel groups.
-
-    Attributes:
-        module: the traced module; nodes carry ``tensor_meta``.
-        groups: all channel groups.
-        inputs, outputs: group index and repeats of every layer's input and output channels, by module name.
-    """
-
-    module: fx.GraphModule
-    groups: list[ChannelGroup]
-    inputs: dict[str, tuple[int, int]]
-    outputs: dict[str, tuple[int, int]]
-
-    def __str__(self) -> str:
-        rows = []
-        for group in self.groups:
-            roles = {"output": "out", "input": "in", "per_channel": "per channel"}
-            members = ", ".join(f"{m.module} ({roles[m.role]})" for m in group.members)
-            rows.append((group.index, group.size, "fixed: " + group.fixed if group.fixed else "free", members))
-        return tabulate(rows, headers=("group", "channels", "order", "members"), maxcolwidths=[None, None, 40, 70])
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -129,9 +81,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Label:
-    """The channels of a tensor: group (before unions), the dimension they lie in, features per channel."""
+    """The channels of a tensor: groups (before unions), the dimension they lie in, features per channel."""
 
-    group: int
+    groups: tuple[int, ...]
     dim: int
     repeats: int = 1
 
@@ -156,6 +108,7 @@ BINARY_FUNCTIONS: set[Callable] = {
 ELEMENTWISE_METHODS = {
     "relu", "relu_", "sigmoid", "tanh", "clamp", "contiguous", "detach", "clone", "float", "half", "abs", "square",
 }  # fmt: skip
+CONCATENATIONS: set[Callable] = {torch.cat, torch.concat, torch.concatenate}
 BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div"}
 
 
@@ -168,8 +121,9 @@ class _Grouping:
         self.labels: dict[fx.Node, _Label] = {}
         self.parent: list[int] = []
         self.groups: list[ChannelGroup] = []
-        self.inputs: dict[str, tuple[int, int]] = {}
-        self.outputs: dict[str, tuple[int, int]] = {}
+        self.inputs: dict[str, Channels] = {}
+        self.outputs: dict[str, Channels] = {}
+        self.per_channel: dict[str, Channels] = {}
 
     # -- groups ---------------------------------------------------------------------------------------------------
     def new_group(self, size: int, fixed: str | None = None) -> int:
@@ -182,10 +136,13 @@ class _Grouping:
             self.parent[group] = group = self.parent[self.parent[group]]
         return group
 
-    def fix(self, label: _Label | None, reason: str) -> None:
-        if label is not None:
-            root = self.groups[self.find(label.group)]
+    def fix(self, channels: _Label | Channels | None, reason: str) -> None:
+        for group in channels.groups if channels is not None else ():
+            root = self.groups[self.find(group)]
             root.fixed = root.fixed or reason
+
+    def sizes(self, channels: _Label | Channels) -> list[int]:
+        return [self.groups[group].size for group in channels.groups]
 
     def unite(self, a: int, b: int) -> None:
         a, b = sorted((self.find(a), self.find(b)))
@@ -194,10 +151,25 @@ class _Grouping:
             self.groups[a].members += self.groups[b].members
             self.groups[a].fixed = self.groups[a].fixed or self.groups[b].fixed
 
-    def join(self, label: _Label, member: Member) -> None:
-        members = self.groups[self.find(label.group)].members
-        if member not in members:
-            members.append(member)
+    def match(self, a: _Label | Channels, b: _Label | Channels, reason: str) -> None:
+        """Give two dimensions one order: group by group, or where their parts differ the original one."""
+        if self.sizes(a) == self.sizes(b) and a.repeats == b.repeats:
+            for one, other in zip(a.groups, b.groups):
+                self.unite(one, other)
+        else:
+            self.fix(a, reason)
+            self.fix(b, reason)
+
+    def join(self, known: dict[str, Channels], label: _Label, name: str, role: str) -> None:
+        """Note a dimension of a module; called twice, both calls share their channels."""
+        if name in known:
+            self.match(known[name], label, f"{name} is called on different channels")
+            return
+        known[name] = Channels(label.groups, label.repeats)
+        start = 0
+        for group, size in zip(label.groups, self.sizes(label)):
+            self.groups[self.find(group)].members.append(Member(name, role, label.repeats, start))
+            start += size
 
     # -- nodes ----------------------------------------------------------------------------------------------------
     def shape(self, node: Any) -> tuple[int, ...] | None:
@@ -230,7 +202,7 @@ class _Grouping:
         if shape is None or len(shape) < 2:
             return None
         dim = 1 if len(shape) == 4 else len(shape) - 1
-        return _Label(self.new_group(shape[dim], reason), dim)
+        return _Label((self.new_group(shape[dim], reason),), dim)
 
     def unknown(self, node: fx.Node) -> None:
         """An operation that may mix channels: what enters keeps its order, what leaves has none to follow."""
@@ -242,16 +214,16 @@ class _Grouping:
         rank = len(self.shape(node) or ())
         if isinstance(module, nn.Conv2d):
             if module.groups == module.in_channels == module.out_channels and x is not None:
-                self.join(x, Member(name, "per_channel"))
+                self.join(self.per_channel, x, name, "per_channel")
                 return x
             if module.groups > 1:
                 self.unknown(node)
-                return _Label(self.new_group(module.out_channels, f"{name} has groups"), 1)
+                return _Label((self.new_group(module.out_channels, f"{name} has groups"),), 1)
             return self.weighted(name, x, dim=1, size_in=module.in_channels, size_out=module.out_channels)
         if isinstance(module, nn.Linear):
             return self.weighted(name, x, dim=rank - 1, size_in=module.in_features, size_out=module.out_features)
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and x is not None and x.dim == 1 and x.repeats == 1:
-            self.join(x, Member(name, "per_channel"))
+            self.join(self.per_channel, x, name, "per_channel")
             return x
         if (
             isinstance(module, nn.LayerNorm)
@@ -259,7 +231,7 @@ class _Grouping:
             and x.dim == rank - 1
             and len(module.normalized_shape) == 1
         ):
-            self.join(x, Member(name, "per_channel", x.repeats))
+            self.join(self.per_channel, x, name, "per_channel")
             return x
         if isinstance(module, ELEMENTWISE_MODULES):
             return x
@@ -273,15 +245,12 @@ class _Grouping:
     def weighted(self, name: str, x: _Label | None, dim: int, size_in: int, size_out: int) -> _Label:
         if x is None or x.dim != dim:
             self.fix(x, f"{name} reads another dimension")
-            x = _Label(self.new_group(size_in, "the order of its producer is unknown"), dim)
-        if name in self.outputs:  # a module that is called twice: both calls share their channels
-            self.unite(self.inputs[name][0], x.group)
-            return _Label(self.outputs[name][0], dim)
-        self.inputs[name] = (x.group, x.repeats)
-        self.join(x, Member(name, "input", x.repeats))
-        out = _Label(self.new_group(size_out), dim)
-        self.outputs[name] = (out.group, 1)
-        self.join(out, Member(name, "output"))
+            x = _Label((self.new_group(size_in, "the order of its producer is unknown"),), dim)
+        self.join(self.inputs, x, name, "input")
+        if name in self.outputs:
+            return _Label(self.outputs[name].groups, dim)
+        out = _Label((self.new_group(size_out),), dim)
+        self.join(self.outputs, out, name, "output")
         return out
 
     def visit_call(self, node: fx.Node) -> _Label | None:
@@ -298,6 +267,8 @@ class _Grouping:
             return self.flatten(node, x, given.get("start_dim", 0), given.get("end_dim", -1))
         if target in ("view", "reshape", torch.reshape):
             return self.reshape(node, x)
+        if target in CONCATENATIONS:
+            return self.concatenate(node)
         if target in ("mean", torch.mean) and x is not None and x.repeats == 1 and x.dim == 1:
             before, after = self.shape(node.args[0]), self.shape(node)
             if before and after and len(after) > 1 and after[:2] == before[:2] and node.args[1:2] not in ((1,), ([1],)):
@@ -316,10 +287,28 @@ class _Grouping:
         shapes = [self.shape(o) or () for o in operands]
         same = a and b and (a.dim, a.repeats) == (b.dim, b.repeats) and len(shapes[0]) == len(shapes[1])
         if a and b and same and shapes[0][a.dim] == shapes[1][b.dim]:
-            self.unite(a.group, b.group)
+            self.match(a, b, f"{node.name} meets channels that are concatenated in different parts")
             return a
         self.unknown(node)
         return None
+
+    def concatenate(self, node: fx.Node) -> _Label | None:
+        """Along the channels: the parts' groups one after the other. Along another dimension: all share one order."""
+        tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        rank = len(self.shape(node) or ())
+        labels = [self.label_of(tensor) for tensor in tensors] if isinstance(tensors, (list, tuple)) else []
+        first = labels[0] if labels else None
+        alike = first is not None and all(x and (x.dim, x.repeats) == (first.dim, first.repeats) for x in labels)
+        if first is None or not alike or not isinstance(dim, int) or not rank:
+            self.unknown(node)
+            return None
+        if dim % rank == first.dim:
+            return replace(first, groups=tuple(group for x in labels if x for group in x.groups))
+        for x in labels[1:]:
+            assert x is not None
+            self.match(first, x, f"{node.name} stacks channels that are concatenated in different parts")
+        return first
 
     def flatten(self, node: fx.Node, x: _Label | None, start: Any, end: Any) -> _Label | None:
         shape = self.shape(node.args[0])
@@ -352,9 +341,14 @@ class _Grouping:
         roots = [r for r in roots if self.groups[r].members]
         renumber = {root: i for i, root in enumerate(roots)}
         groups = [replace(self.groups[r], index=renumber[r]) for r in roots]
-        inputs = {n: (renumber[self.find(g)], r) for n, (g, r) in self.inputs.items()}
-        outputs = {n: (renumber[self.find(g)], r) for n, (g, r) in self.outputs.items()}
-        return ModelGraph(self.traced, groups, inputs, outputs)
+
+        def final(known: dict[str, Channels]) -> dict[str, Channels]:
+            return {
+                name: Channels(tuple(renumber[self.find(group)] for group in channels.groups), channels.repeats)
+                for name, channels in known.items()
+            }
+
+        return ModelGraph(self.traced, groups, final(self.inputs), final(self.outputs), final(self.per_channel))
 
 
 def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ModelGraph:

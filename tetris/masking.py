@@ -15,14 +15,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tetris.channels import Channels, ModelGraph
 from tetris.errors import TetrisError, UnsupportedError, describe
-from tetris.graph import ExampleInputs, ModelGraph, channel_groups
+from tetris.graph import ExampleInputs, channel_groups
 from tetris.importance import Importance, channel_importance, importance_of
 from tetris.joint_reordering import JointProblem, JointReordering, reorder_jointly
 from tetris.permutation import apply, expand, identity, inverse
-from tetris.plans import ModelPlan
+from tetris.plans import GROUP, GROUPED, SHARED, ModelPlan
 from tetris.pruning import PruningMethod, block_sums, expand_block_mask
 from tetris.reordering import Reordering, reorder
+from tetris.search.system import Key
 from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
 
 PERMUTATIONS = ("auto", "shared", "separate")
@@ -214,7 +216,10 @@ def prune(
     graph = _sharing_graph(model, permutations, structure, method, example_inputs)
     pruned = copy.deepcopy(model)
     options = {"method": method, "seed": seed, "steps": steps}
-    found = _shared(requests, graph, options, progress) if graph else _separate(requests, structure, options, progress)
+    if graph is None:
+        found = _separate(requests, structure, options, progress)
+    else:
+        found = _shared(requests, graph, plan, options, progress)
     label = structure if isinstance(structure, str) else type(structure).__name__
     for name, reordering in found.items():
         parametrize.register_parametrization(
@@ -261,17 +266,28 @@ def _separate(
 
 
 def _shared(
-    requests: list[_Request], graph: ModelGraph, options: dict[str, Any], progress: LayerProgress | None
+    requests: list[_Request],
+    graph: ModelGraph,
+    plan: ModelPlan | None,
+    options: dict[str, Any],
+    progress: LayerProgress | None,
 ) -> dict[str, Reordering]:
     free = {group.index for group in graph.groups if group.fixed is None}
 
-    def group_of(slots: dict[str, tuple[int, int]], name: str) -> tuple[int | None, int]:
-        index, repeats = slots.get(name, (None, 1))  # a layer that the trace never calls shares nothing
-        return (index if index in free else None), repeats
+    def group_of(slots: dict[str, Channels], name: str, order: str) -> tuple[Key | None, int]:
+        if order != SHARED:
+            return (name, "output" if slots is graph.outputs else "input"), GROUP if order == GROUPED else 1
+        channels = slots.get(name)
+        if channels is None:  # a layer that the trace never calls shares nothing
+            return None, 1
+        (index, *others) = channels.groups
+        return (index if index in free and not others else None), channels.repeats
 
     problems = []
     for r in requests:
-        (row, row_repeats), (column, column_repeats) = group_of(graph.outputs, r.name), group_of(graph.inputs, r.name)
+        planned = plan[r.name] if plan is not None else None
+        row, row_repeats = group_of(graph.outputs, r.name, planned.output_order if planned else SHARED)
+        column, column_repeats = group_of(graph.inputs, r.name, planned.input_order if planned else SHARED)
         importance = channel_importance(importance_of(r.weight, r.importance))
         importance = importance / importance.sum().clamp(min=torch.finfo(importance.dtype).tiny)  # layers weigh alike
         problems.append(JointProblem(importance, r.block, r.sparsity, (row, column), (row_repeats, column_repeats)))

@@ -1,7 +1,7 @@
 """The networks of the paper and of the benchmarks, with torchvision's parameter names so that its state dicts load.
 
 Built here because a pruning toolkit should not need torchvision: LeNet (the paper's), VGG16 and VGG16-BN, ResNet-18 and
-ResNet-50, a plain MLP and a pre-norm transformer block.
+ResNet-50, a plain MLP, a pre-norm transformer block, and a small network that concatenates as DenseNet and Inception do.
 """
 
 from __future__ import annotations
@@ -208,3 +208,55 @@ class TransformerBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
         x = x + self.out_proj(attended)
         return x + self.down_proj(self.act(self.up_proj(self.ln_2(x))))
+
+
+class DenseBlock(nn.Module):
+    """DenseNet's: every stage reads the input and all stages before it, concatenated, through norm, ReLU and a 3x3."""
+
+    def __init__(self, c_in: int, growth: int, stages: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c_in + i * growth) for i in range(stages))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in + i * growth, growth, 3, padding=1, bias=False) for i in range(stages)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = [x]
+        for norm, conv in zip(self.norms, self.convs):
+            features.append(conv(F.relu(norm(torch.cat(features, 1)))))
+        return torch.cat(features, 1)
+
+
+class InceptionBlock(nn.Module):
+    """Inception's: 1x1, 3x3 and pooled branches side by side, their channels concatenated."""
+
+    def __init__(self, c_in: int, branch: int) -> None:
+        super().__init__()
+        self.single = nn.Conv2d(c_in, branch, 1)
+        self.reduce, self.wide = nn.Conv2d(c_in, branch // 2, 1), nn.Conv2d(branch // 2, branch, 3, padding=1)
+        self.pooled = nn.Conv2d(c_in, branch // 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = (
+            self.single(x),
+            self.wide(F.relu(self.reduce(x))),
+            self.pooled(F.avg_pool2d(x, 3, stride=1, padding=1)),
+        )
+        return F.relu(torch.cat(branches, dim=1))
+
+
+class Concatenating(nn.Module):
+    """A small network of both ways to concatenate: stem, dense block, 1x1 transition, inception block, classifier."""
+
+    def __init__(self, num_classes: int = 10, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.dense = DenseBlock(width, width // 2, 3)
+        self.transition = nn.Conv2d(width + 3 * (width // 2), 2 * width, 1)
+        self.inception = InceptionBlock(2 * width, 2 * width)
+        self.head = nn.Linear(5 * width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        x = F.relu(self.transition(self.dense(x)))
+        return self.head(self.inception(x).mean((2, 3)))

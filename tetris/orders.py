@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tetris.graph import ChannelGroup, ModelGraph
+from tetris.channels import ChannelGroup, Channels, ModelGraph
 from tetris.permutation import expand, identity, inverse, is_identity
 from tetris.reordering import Reordering
 
@@ -21,6 +21,21 @@ def unit_order(permutation: torch.Tensor, repeats: int) -> torch.Tensor | None:
     """The channel order q with ``expand(q, repeats) == permutation``; None if it splits the features of a channel."""
     heads = permutation.view(-1, repeats)[:, 0] // repeats
     return heads if torch.equal(expand(heads, repeats), permutation) else None
+
+
+def part_of(permutation: torch.Tensor, start: int, size: int, repeats: int) -> torch.Tensor | None:
+    """The permutation of the ``size`` channels from ``start`` on; None if it mixes them with others."""
+    part = permutation[start * repeats : (start + size) * repeats] - start * repeats
+    return part if bool(((part >= 0) & (part < size * repeats)).all()) else None
+
+
+def feature_order(channels: Channels, orders: list[torch.Tensor]) -> torch.Tensor:
+    """The order of all features along a dimension: its groups' orders one after the other."""
+    parts, start = [], 0
+    for group in channels.groups:
+        parts.append(orders[group] + start)
+        start += len(orders[group])
+    return expand(torch.cat(parts), channels.repeats)
 
 
 def storage_order(group: ChannelGroup, reorderings: Mapping[str, Reordering]) -> torch.Tensor:
@@ -33,7 +48,8 @@ def storage_order(group: ChannelGroup, reorderings: Mapping[str, Reordering]) ->
         if reordering is None or member.role == "per_channel":
             continue
         permutation = reordering.permutations.get(0 if member.role == "output" else 1)
-        order = unit_order(permutation, member.repeats) if permutation is not None else None
+        part = None if permutation is None else part_of(permutation, member.start, group.size, member.repeats)
+        order = None if part is None else unit_order(part, member.repeats)
         if order is not None:
             candidates.append(order)
     if not candidates:

@@ -18,6 +18,11 @@ from tetris.files import write_text
 FORMAT = "tetris-plan"
 VERSION = 1
 KINDS = ("conv2d", "linear")
+SHARED, GROUPED, SEPARATE = ORDERS = ("shared", "grouped", "separate")
+"""Whose order a layer's channels have: all layers' that meet there (free at run time), or its own, in whole groups of
+channels that the kernel's store moves, or at the cost of a data movement. See :mod:`tetris.autotune.own_orders`."""
+GROUP = 8
+"""Channels that a grouped order moves together: 16 bytes in half precision, what one thread stores at once."""
 
 Block = tuple[int, int]
 
@@ -68,6 +73,7 @@ class LayerPlan:
         candidates: everything measured, the dense layer first; () in a plan written by hand.
         reason: why this choice, one sentence.
         failures: candidates that did not run, with the reason; they are never chosen.
+        output_order, input_order: one of ORDERS.
     """
 
     name: str
@@ -80,6 +86,8 @@ class LayerPlan:
     candidates: tuple[Candidate, ...] = ()
     reason: str = ""
     failures: tuple[str, ...] = ()
+    output_order: str = SHARED
+    input_order: str = SHARED
 
     @property
     def dense(self) -> Candidate | None:
@@ -117,7 +125,8 @@ class LayerPlan:
 
     def with_choice(self, block: Block | None, sparsity: float, reason: str = "set by hand") -> LayerPlan:
         """The same measurements with another decision."""
-        return replace(self, block=block, sparsity=sparsity if block else 0.0, reason=reason)
+        found = replace(self, block=block, sparsity=sparsity if block else 0.0, reason=reason)
+        return found if block else replace(found, output_order=SHARED, input_order=SHARED)
 
 
 @dataclass(frozen=True)
@@ -375,6 +384,9 @@ def _layer(data: Any, source: str) -> LayerPlan:
     entries = _list_of(found.get("candidates", []), f"{source}: candidates")
     found["candidates"] = tuple(_candidate(entry, f"{source}: candidate {i}") for i, entry in enumerate(entries))
     found["failures"] = tuple(map(str, _list_of(found.get("failures", []), f"{source}: failures")))
+    for side in ("output_order", "input_order"):
+        if found.get(side, SHARED) not in ORDERS:
+            raise FileFormatError(f"{source}: {side} wants one of {', '.join(ORDERS)}; got {found[side]!r}")
     if not 0 <= found.get("sparsity", 0.0) < 1:
         raise FileFormatError(f"{source}: sparsity wants a number in [0, 1); got {found['sparsity']!r}")
     return LayerPlan(**found)

@@ -1,0 +1,191 @@
+"""Which layers deserve an order of channels of their own: a data movement against what it lets them prune.
+
+Sharing one permutation among all layers of a channel group moves nothing at run time. Where a layer is the only pruned
+one of a group the others are *folded* into its order, with several it is *shared*. A layer whose own order of inputs or
+outputs retains more importance may have it instead: *grouped*, in whole groups of 8 channels that the convolution's
+store moves on its way, or *separate*, by a kernel of its own. It is worth that where, at equal retained importance, the
+blocks that it can prune more save more time than the movement takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from tetris.autotune.measure import Epilogue, ReorderedBlocks
+from tetris.autotune.problems import LayerInput
+from tetris.autotune.timer import time_us
+from tetris.errors import UnsupportedError
+from tetris.graph import ExampleInputs, channel_groups
+from tetris.importance import channel_importance, importance_of
+from tetris.joint_reordering import JointProblem, reorder_jointly
+from tetris.kernels.configs import conv2d_output_size
+from tetris.layers import pair, supported_padding
+from tetris.masking import prune, reorderings
+from tetris.ops import permute_channels
+from tetris.permutation import apply, expand
+from tetris.plans import GROUP, GROUPED, SEPARATE, LayerPlan, ModelPlan
+from tetris.reordering import Reordering
+from tetris.specs import prunable_layers
+
+MARGIN = 0.02
+"""An own order must save this fraction of the layer's time beyond its cost; less is within the noise."""
+OUTPUT, INPUT = 0, 1
+"""A weight's dimensions."""
+
+MoveTime = Callable[[tuple[int, ...]], float]
+"""Microseconds that permuting the channels of a tensor of a shape takes."""
+
+
+@dataclass(frozen=True)
+class OwnOrder:
+    """One layer's own order along one dimension.
+
+    Attributes:
+        dim: OUTPUT or INPUT.
+        kind: GROUPED or SEPARATE.
+        retained: importance kept with it at the layer's sparsity.
+        saved_us: at most; the layer's time times the share of its blocks that it no longer needs to retain what it
+            retains in the shared order.
+        cost_us: of the data movement.
+    """
+
+    dim: int
+    kind: str
+    retained: float
+    saved_us: float
+    cost_us: float
+
+    @property
+    def gain_us(self) -> float:
+        """Microseconds won at equal retained importance; negative where the movement costs more."""
+        return self.saved_us - self.cost_us
+
+    def __str__(self) -> str:
+        side = "outputs" if self.dim == OUTPUT else "inputs"
+        return f"{self.kind} order of {side}: saves {self.saved_us:.1f} us, costs {self.cost_us:.1f}"
+
+
+def best_order(options: Sequence[OwnOrder], layer_us: float, margin: float = MARGIN) -> OwnOrder | None:
+    """The own order that gains most, if it gains more than ``margin`` of the layer's time; None = share."""
+    best = max(options, key=lambda option: option.gain_us, default=None)
+    return best if best is not None and best.gain_us > margin * layer_us else None
+
+
+def with_order(layer: LayerPlan, chosen: OwnOrder | None) -> LayerPlan:
+    """The layer's plan with an own order, which its reason explains."""
+    if chosen is None:
+        return layer
+    sides = {"output_order": chosen.kind} if chosen.dim == OUTPUT else {"input_order": chosen.kind}
+    return replace(layer, reason=f"{layer.reason}; {chosen}", **sides)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class OrderChooser:
+    """Decides for pruned layers.
+
+    Attributes:
+        move_time: what a movement takes.
+        method: of :func:`tetris.reorder`.
+        importance: "l1" or "l2".
+        groups: whether the device's kernels store groups of channels in another order for nothing.
+        seed: of the search.
+    """
+
+    move_time: MoveTime
+    method: str = "sort"
+    importance: str = "l1"
+    groups: bool = False
+    seed: int = 0
+
+    def decide(
+        self, plan: LayerPlan, layer: nn.Conv2d | nn.Linear, x: LayerInput, shared: Reordering, epilogue: Epilogue,
+        fixed_output: bool,
+    ) -> LayerPlan:  # fmt: skip
+        """The layer's plan, with an own order where that gains.
+
+        Args:
+            plan: pruned, measured.
+            layer: dense.
+            x: its input.
+            shared: its reordering along with the rest of the model.
+            epilogue: what is fused behind it; a residual is moved, too.
+            fixed_output: whether its outputs keep the original order otherwise.
+        """
+        if plan.chosen is None or plan.sparsity == 0.0:
+            return plan
+        scores = channel_importance(importance_of(layer.weight.detach(), self.importance))
+        moved_out = self.move_time(output_shape(layer, x, epilogue.max_pool)) * (2 if epilogue.residual else 1)
+        kinds = [(INPUT, SEPARATE, self.move_time(x.shape)), (OUTPUT, SEPARATE, moved_out)]
+        if self.groups and fixed_output and isinstance(layer, nn.Conv2d) and layer.out_channels % GROUP == 0:
+            kinds.append((OUTPUT, GROUPED, 0.0))
+        options = [self._option(plan, scores, shared, *kind) for kind in kinds]
+        return with_order(plan, best_order(options, plan.chosen.time_us))
+
+    def _option(
+        self, plan: LayerPlan, scores: torch.Tensor, shared: Reordering, dim: int, kind: str, cost: float
+    ) -> OwnOrder:
+        """Search the order along ``dim`` alone, the other dimension in the shared one."""
+        assert plan.chosen is not None
+        repeats = GROUP if kind == GROUPED else 1
+        other = {1 - dim: shared.permutations[1 - dim]} if 1 - dim in shared.permutations else {}
+        problem = JointProblem(
+            apply(scores, other), shared.block, shared.sparsity,
+            groups=("own", None) if dim == OUTPUT else (None, "own"), repeats=(repeats, 1),
+        )  # fmt: skip
+        found = reorder_jointly([problem], self.method, self.seed)
+        order = expand(found.permutations["own"], repeats)
+        blocks = ReorderedBlocks.of_scores(scores, replace(shared, permutations={**other, dim: order}))
+        needed = 1.0 - blocks.sparsity_retaining(shared.retained)
+        saved = plan.chosen.time_us * max(0.0, 1.0 - needed / plan.kept_fraction)
+        return OwnOrder(dim, kind, found.retained[0], saved, cost)
+
+
+def own_orders(
+    model: nn.Module, example_inputs: ExampleInputs, plan: ModelPlan, chooser: OrderChooser,
+    inputs: Mapping[str, LayerInput], epilogues: Mapping[str, Epilogue],
+) -> ModelPlan:  # fmt: skip
+    """The plan with own orders for the pruned layers that gain by them; as it is where the model cannot be traced.
+
+    Cost: one joint search of the model, and two or three searches of one dimension a layer.
+    """
+    try:
+        graph = channel_groups(model, example_inputs)
+    except UnsupportedError:
+        return plan
+    pruned = prune(model, plan=plan, method=chooser.method, example_inputs=example_inputs, seed=chooser.seed)
+    layers = prunable_layers(model)
+    for name, shared in reorderings(pruned).items():
+        fixed = any(graph.groups[group].fixed for group in graph.outputs[name].groups)
+        epilogue = epilogues.get(name, Epilogue())
+        plan = plan.with_layer(chooser.decide(plan[name], layers[name], inputs[name], shared, epilogue, fixed))
+    return plan
+
+
+def output_shape(layer: nn.Conv2d | nn.Linear, x: LayerInput, max_pool: bool) -> tuple[int, ...]:
+    """The shape that a layer stores."""
+    if isinstance(layer, nn.Linear):
+        return (*x.shape[:-1], layer.out_features)
+    geometry = pair(layer.kernel_size), pair(layer.stride), supported_padding(layer), pair(layer.dilation)
+    height, width = conv2d_output_size((x.shape[2], x.shape[3]), *geometry)
+    return (x.shape[0], layer.out_channels, *((height // 2, width // 2) if max_pool else (height, width)))
+
+
+def measured_moves(x: LayerInput, repeats: int) -> MoveTime:
+    """Times permutations of channels on the device, with the dtype and memory format of ``x``; a shape once."""
+    known: dict[tuple[int, ...], float] = {}
+
+    def move_time(shape: tuple[int, ...]) -> float:
+        if shape not in known:
+            dim = 1 if len(shape) == 4 else len(shape) - 1
+            sample = replace(x, shape=shape).random(x.device, channels_last=True)
+            order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(0)).to(x.device)
+            run = {"move": lambda: permute_channels(sample, order, dim)}
+            on_gpu = x.device.type == "cuda"
+            known[shape] = time_us(run, device=x.device, repeats=repeats, cold_l2=on_gpu)["move"].median_us
+        return known[shape]
+
+    return move_time
