@@ -83,8 +83,9 @@ def problem_of(layer: SparseLayer, x: LayerInput | torch.Tensor) -> Problem:
         )  # fmt: skip
     if isinstance(layer, BlockSparseLinear):
         return LinearProblem(
-            math.prod(x.shape[:-1]), layer.in_features, layer.out_features, layer.block, dtype, layer.n_blocks
-        )
+            math.prod(x.shape[:-1]), layer.in_features, layer.out_features, layer.block, dtype, layer.n_blocks,
+            layer.weight_dtype,
+        )  # fmt: skip
     raise TetrisError(f"problem_of: wanted a block-sparse layer; got {type(layer).__name__}")
 
 
@@ -123,7 +124,8 @@ def size_bytes(problem: Problem) -> float:
     item = ITEM_SIZE[problem.dtype]
     kept = problem.n_blocks * problem.block[0] * problem.block[1]
     if isinstance(problem, LinearProblem):
-        return float(item * (problem.tokens * (problem.in_features + problem.out_features) + kept))
+        weights = kept * (1 if problem.weight_dtype else item)
+        return float(item * problem.tokens * (problem.in_features + problem.out_features) + weights)
     height, width = problem.output_size
     pixels_in, pixels_out = problem.height * problem.width, height * width
     activations = problem.batch * (pixels_in * problem.c_in + pixels_out * problem.c_out)

@@ -11,10 +11,13 @@ from torch import nn
 
 import tetris
 from tests.support.fake_gpu import A100, H200
-from tetris import ops
+from tests.support.operands import random_layout
+from tetris import dispatch, ops
+from tetris.autotune.problems import problem_of, size_bytes
+from tetris.autotune.space import config_space
 from tetris.errors import UnsupportedError
-from tetris.kernels.configs import DeviceInfo, LinearProblem
-from tetris.kernels.linear_paths import refuses_weights
+from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.linear_paths import choose_linear_config, refuses_weights
 from tetris.quantization import quantized, stored_dtype
 from tetris.tolerances import relative_error, tolerance
 
@@ -141,3 +144,25 @@ def test_float8_needs_hardware_that_converts_it(device, fits):
     amd = DeviceInfo("AMD Instinct MI300X", (9, 4), 304, "3.6.0", backend="hip")
     assert "NVIDIA" in str(refuses_weights("float8_e4m3fn", amd))
     assert refuses_weights("int8", amd) is refuses_weights("int8", device) is refuses_weights("", amd) is None
+
+
+# -- choosing and tuning ----------------------------------------------------------------------------------------------
+def test_the_tuner_knows_the_stored_weights():
+    layer, _ = make("int8")
+    problem = problem_of(layer, torch.zeros(3, 40))
+    assert problem == LinearProblem(3, 40, 50, (16, 8), "float32", layer.n_blocks, "int8")
+    assert size_bytes(problem) == 4 * 3 * 90 + layer.n_blocks * 16 * 8
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 128, 8192])
+def test_only_kernels_that_take_stored_weights_are_chosen(tokens):
+    problem = LinearProblem(tokens, 4096, 4096, (64, 64), "float16", 1106, "int8")
+    assert choose_linear_config(problem, H200).kernel != "hopper"
+    kernels = {config.kernel for config in config_space(problem, H200)}
+    assert {"portable"} <= kernels <= {"portable", "split", "decode"}
+    layout = random_layout((4096, 4096), (64, 64), 0.27)
+    given = LinearConfig(kernel="hopper", tile_tokens=128).to_key()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "device_info", lambda device: H200)
+        launch = dispatch.linear_launch(problem, layout.indptr, layout.indices, key=given)
+    assert LinearConfig.from_key(launch.config).kernel in kernels
