@@ -1,0 +1,128 @@
+"""Block-sparse linear layer for Hopper, narrow blocks: what it takes, and the launch. See ``narrow_linear_device``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tetris.errors import UnsupportedError, describe
+from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.hopper.linear import BARRIER_BYTES, ITEM_SIZE, SHARED_LIMIT
+from tetris.kernels.hopper.linear import supports as linear_supports
+from tetris.kernels.hopper.narrow_linear_schedule import (
+    CHUNK,
+    STAGE_K,
+    TILE_TOKENS,
+    make_narrow_schedule,
+    stage_slots,
+    strip_outputs,
+)
+
+TILE_OUTS = (256, 384)
+"""Outputs of a task; 384 sums a token are what the registers of two warp groups hold."""
+OUTPUT_BYTES = 4 * 64 * CHUNK * ITEM_SIZE
+"""Two output tiles of 64 x 64 for each matrix warp group."""
+
+
+def ring_stages(block: tuple[int, int]) -> int:
+    """Stages of the ring that fit into shared memory beside the output tiles."""
+    weights = stage_slots(block) * strip_outputs(block[0]) * block[1]
+    return (SHARED_LIMIT - BARRIER_BYTES - OUTPUT_BYTES) // ((TILE_TOKENS * STAGE_K + weights) * ITEM_SIZE)
+
+
+def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:
+    """Why this problem cannot run here with this config; None = it can."""
+    block_out, block_in = problem.block
+    if reason := linear_supports(problem, device, LinearConfig(kernel="hopper", tile_tokens=128)):
+        return reason
+    if block_in > STAGE_K or (block_out < CHUNK and block_in == 16):
+        return f"takes blocks of 16 (64 outputs and more), 32 or 64 inputs; got {block_out} x {block_in}"
+    if config.tile_tokens != TILE_TOKENS or config.tile_out not in TILE_OUTS:
+        return f"takes tile_tokens {TILE_TOKENS}, tile_out in {TILE_OUTS}; got {config.tile_tokens}, {config.tile_out}"
+    return None
+
+
+def block_sparse_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
+    allow_tf32: bool = False,
+    config: LinearConfig,
+    schedule: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """As :func:`tetris.kernels.linear.block_sparse_linear`, for problems that :func:`supports` takes.
+
+    Args:
+        input_permutation, output_permutation: must be None, see :func:`supports`.
+        schedule: the tensors of :func:`make_narrow_schedule` for this layout, number of tokens and config; made anew,
+            which costs far more than the product itself, when missing.
+    Returns:
+        [..., out_features] of x's dtype.
+    Raises:
+        UnsupportedError: permutations were given.
+    """
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from tetris.kernels.descriptors import describable
+    from tetris.kernels.hopper.narrow_linear_device import narrow_block_sparse_linear_kernel
+
+    if input_permutation is not None or output_permutation is not None:
+        raise UnsupportedError(
+            f"hopper linear: wanted no permutations, it moves whole tiles; got them for x {describe(x)}; permute "
+            "before and after, fold them into the neighbouring layers, or use the portable kernel"
+        )
+    x2 = x.reshape(-1, x.shape[-1])
+    if not describable(x2):
+        x2 = x2.clone(memory_format=torch.contiguous_format)
+    tokens = x2.shape[0]
+    block = (values.shape[-2], values.shape[-1])
+    y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
+    output = y.view(*x.shape[:-1], out_features)
+    if tokens == 0:
+        return output
+    if schedule is None:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        schedule = make_narrow_schedule(
+            indptr, indices, block=block, tokens=tokens, tile_out=config.tile_out, n_programs=programs
+        ).tensors
+    groups, entries, program_ptr, order = schedule
+    n = strip_outputs(block[0])
+
+    def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+        layout = NVMMASharedLayout(STAGE_K * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, STAGE_K], layout)
+
+    y_desc = descriptor(y, 64)
+    narrow_block_sparse_linear_kernel[(len(program_ptr) - 1,)](
+        descriptor(x2, TILE_TOKENS),
+        descriptor(values.view(-1, STAGE_K), n * block[1] // STAGE_K),
+        y_desc,
+        y_desc if residual is None else descriptor(residual.reshape(tokens, out_features).contiguous(), 64),
+        y if bias is None else bias,
+        groups,
+        entries,
+        program_ptr,
+        order,
+        len(groups),
+        out_features,
+        N=n,
+        STRIPS=config.tile_out // n,
+        TILE_K=block[1],
+        SLOTS=stage_slots(block),
+        STAGES=config.x_stages or ring_stages(block),
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation,
+        num_warps=4,
+    )
+    return output
