@@ -52,6 +52,7 @@ class BlockSparseLayer(FusedLayer):
     indices: Tensor
     input_permutation: Tensor | None
     output_permutation: Tensor | None
+    _output_gather: Tensor | None
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class BlockSparseLayer(FusedLayer):
         self.register_buffer("indices", indices.to(device))
         self.register_buffer("input_permutation", _permutation_or_none(input_permutation, shape[1], device))
         self.register_buffer("output_permutation", _permutation_or_none(output_permutation, shape[0], device))
+        self.register_buffer("_output_gather", _inverse_or_none(self.output_permutation), persistent=False)
         self._prepared: Any = None
         self._prepared_from: tuple | None = None
         self._launches: dict[tuple, Launch] = {}
@@ -171,9 +173,8 @@ class BlockSparseLayer(FusedLayer):
             return self._call(x, residual, (None, None), launch)
         if residual is not None:
             residual = ops.permute_channels(residual, self.output_permutation, dim)
-        return ops.permute_channels(
-            self._call(x, residual, (None, None), launch), inverse(self.output_permutation), dim
-        )
+        assert self._output_gather is not None
+        return ops.permute_channels(self._call(x, residual, (None, None), launch), self._output_gather, dim)
 
     def launch(self, x: Tensor) -> Launch:
         """Config and schedule for inputs like ``x``, made at the first such input and kept; nothing is tuned here.
@@ -199,6 +200,7 @@ class BlockSparseLayer(FusedLayer):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        self._output_gather = _inverse_or_none(self.output_permutation)
         self._launches.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,6 +214,10 @@ class BlockSparseLayer(FusedLayer):
         parts += ["permutes input"] if self.input_permutation is not None else []
         parts += ["permutes output"] if self.output_permutation is not None else []
         return ", ".join(parts + ([] if self.bias is not None else ["bias=False"]))
+
+
+def _inverse_or_none(permutation: Tensor | None) -> Tensor | None:
+    return None if permutation is None else inverse(permutation)
 
 
 def _permutation_or_none(permutation: Tensor | None, size: int, device: torch.device) -> Tensor | None:
