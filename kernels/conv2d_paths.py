@@ -1,7 +1,7 @@
 """Which of the convolution kernels runs a problem: a pure function of problem and device, and a table of launchers.
 
-The Hopper kernel where the GPU and the shapes allow it, the portable one everywhere else. The choice is data in the
-config; no path is tried and given up.
+The Hopper kernel where the GPU and the shapes allow it, the Hopper linear kernel for 1x1 convolutions, the portable
+kernel everywhere else. The choice is data in the config; no path is tried and given up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,27 @@ from collections.abc import Callable
 import torch
 
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, default_conv2d_config
+from tetris.kernels.hopper.heuristics import supports as hopper_supports
+from tetris.kernels.hopper.pointwise_conv2d import as_linear, is_pointwise
+from tetris.kernels.hopper.pointwise_conv2d import supports as pointwise_supports
 from tetris.kernels.hopper.tile_choice import ranked_configs
+from tetris.kernels.linear_paths import hopper_config
+
+
+def conv2d_refuses(
+    problem: Conv2dProblem,
+    device: DeviceInfo,
+    config: Conv2dConfig,
+    *,
+    max_pool: bool = False,
+    allow_tf32: bool = False,
+) -> str | None:
+    """Why the config's kernel does not take the problem; None = it does."""
+    if config.kernel == "hopper":
+        return hopper_supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32)
+    if config.kernel == "hopper_linear":
+        return pointwise_supports(problem, device, config)
+    return None
 
 
 def choose_conv2d_config(
@@ -23,6 +43,11 @@ def choose_conv2d_config(
         max_pool: whether a 2 x 2 max-pool follows and may be fused.
         allow_tf32: whether float32 products may be rounded to tf32.
     """
+    if is_pointwise(problem) and not max_pool:
+        tile_tokens = hopper_config(as_linear(problem), device).tile_tokens
+        config = Conv2dConfig(kernel="hopper_linear", tile_n=1, tile_h=1, tile_w=tile_tokens)
+        if conv2d_refuses(problem, device, config) is None:
+            return config
     ranked = ranked_configs(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
     return ranked[0] if ranked else default_conv2d_config(problem, device)
 
@@ -33,6 +58,10 @@ def conv2d_launcher(kernel: str) -> Callable[..., torch.Tensor]:
         from tetris.kernels.hopper import conv2d as hopper
 
         return hopper.block_sparse_conv2d
+    if kernel == "hopper_linear":
+        from tetris.kernels.hopper import pointwise_conv2d
+
+        return pointwise_conv2d.block_sparse_conv2d
     from tetris.kernels import conv2d as portable
 
     return portable.block_sparse_conv2d

@@ -90,6 +90,16 @@ def medium_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     return replace(config, tile_tokens=tile, num_stages=max(2, min(10, stages)))
 
 
+def split_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
+    """The split kernel with tiles of 64 outputs and at most 128 tokens, as deep a pipeline as shared memory holds."""
+    tile_out, tile_k = min(problem.block[0], 64), min(problem.block[1], 64)
+    tile = min(128, next_power_of_two(problem.tokens, 16))
+    buffers = (device.shared_bytes - 8192) // problem.step_bytes(tile, tile_out, tile_k)
+    return LinearConfig(
+        kernel="split", tile_tokens=tile, tile_out=tile_out, tile_k=tile_k, num_stages=max(2, min(10, 2 * buffers - 1))
+    )
+
+
 def choose_linear_config(problem: LinearProblem, device: DeviceInfo, *, permuted: bool = False) -> LinearConfig:
     """The config for a problem nobody tuned.
 

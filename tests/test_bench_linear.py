@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import torch
 from tests.support.fake_gpu import A100, H200, KernelRecorder, clock, linear_twin, module_with
 from tetris import dispatch
 from tetris.autotune.ceilings import Ceilings
-from tetris.bench import linear_bench
+from tetris.bench import linear_bench, linear_operands, linear_peers
 from tetris.bench.cases import LinearCase
-from tetris.bench.linear_bench import BASELINE, CASES, QUICK_CASES, Case, Operands, bsr_metas, candidates
+from tetris.bench.linear_bench import BASELINE, Operands, candidates
+from tetris.bench.linear_cases import CASES, QUICK_CASES, Case
+from tetris.bench.linear_peers import bsr_metas
 from tetris.bench.rows import read_csv
 from tetris.kernels.configs import LinearConfig, LinearProblem
 
@@ -24,7 +27,13 @@ CEILINGS = Ceilings(bytes_per_s=1e12, flop_per_s=1e14)
 def arguments(tmp_path, **changes) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     linear_bench.add_arguments(parser)
-    values = vars(parser.parse_args([])) | {"device": "cpu", "quick": True, "out": tmp_path, "repeats": 3}
+    values = vars(parser.parse_args([])) | {
+        "device": "cpu",
+        "quick": True,
+        "out": tmp_path,
+        "repeats": 3,
+        "compile": "never",
+    }
     return argparse.Namespace(**values | changes)
 
 
@@ -32,7 +41,7 @@ def arguments(tmp_path, **changes) -> argparse.Namespace:
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands on the CPU, float64 twins for kernels, times from a table."""
     make = Operands.of
-    monkeypatch.setattr(Operands, "of", staticmethod(lambda case, dtype, device, seed=0: make(case, dtype, "cpu")))
+    monkeypatch.setattr(Operands, "of", staticmethod(lambda case, device, seed=0: make(case, "cpu")))
     monkeypatch.setattr(linear_bench, "device_info", lambda device: H200)
     monkeypatch.setattr(dispatch, "device_info", lambda device: H200)
     monkeypatch.setattr(linear_bench, "device_name", lambda device: "NVIDIA H200")
@@ -72,9 +81,9 @@ def test_a_case_that_fails_is_a_row(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_only_the_ends_of_many_tokens_are_checked():
-    operands = Operands.of(Case(LinearCase("64-64", 64, 64, 1000, 0.5), (32, 32)), torch.float32, "cpu")
+    operands = Operands.of(Case(LinearCase("64-64", 64, 64, 1000, 0.5), (32, 32), dtype="float32"), "cpu")
     product = operands.x.double() @ operands.pruned.double().T
-    assert len(operands.rows) == linear_bench.CHECKED_TOKENS and operands.rows[-1] == 999
+    assert len(operands.rows) == linear_operands.CHECKED_TOKENS and operands.rows[-1] == 999
     torch.testing.assert_close(product[operands.rows], operands.reference)
 
 
@@ -116,22 +125,22 @@ def test_configurations_that_do_not_fit_are_passed_over(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernels"), [(1, {"decode"}), (128, {"hopper", "portable"}), (8192, {"hopper", "portable"})]
+    ("tokens", "kernels"), [(1, {"decode"}), (128, {"hopper", "split", "portable"}), (8192, {"hopper", "portable"})]
 )
 def test_candidates_are_the_kernels_that_suit_the_tokens(tokens, kernels):
     problem = LinearProblem(tokens, 4096, 4096, (64, 64), "float16", 1100)
     found = candidates(problem, H200)
     assert {config.kernel for config in found} == kernels and len(set(found)) == len(found) > 1
-    assert {config.kernel for config in candidates(problem, A100)} == kernels - {"hopper"}
+    assert {config.kernel for config in candidates(problem, A100)} == kernels - {"hopper", "split"}
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_torch_sees_the_same_weight_as_bsr():
-    operands = Operands.of(QUICK_CASES[0], torch.float32, "cpu")
-    assert torch.equal(linear_bench.bsr_tensor(operands).to_dense(), operands.pruned)
-    ragged = Operands.of(Case(LinearCase("100-64", 100, 64, 4, 0.5), (32, 32)), torch.float32, "cpu")
+    operands = Operands.of(replace(QUICK_CASES[0], dtype="float32"), "cpu")
+    assert torch.equal(linear_peers.bsr_tensor(operands).to_dense(), operands.pruned)
+    ragged = Operands.of(Case(LinearCase("100-64", 100, 64, 4, 0.5), (32, 32), dtype="float32"), "cpu")
     with pytest.raises(ValueError, match="whole blocks"):
-        linear_bench.bsr_tensor(ragged)
+        linear_peers.bsr_tensor(ragged)
 
 
 def test_launch_parameters_of_bsr_split_the_tokens_evenly():
@@ -141,9 +150,9 @@ def test_launch_parameters_of_bsr_split_the_tokens_evenly():
 
 
 def test_stk_is_asked_for_large_blocks_only(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_bench.importlib.util, "find_spec", lambda name: object())
-    assert linear_bench._stk_status(QUICK_CASES[0]).startswith("skipped: blocks of 128 x 128")
-    assert linear_bench._stk_status(CASES[4]) == "skipped: no adapter"
+    monkeypatch.setattr(linear_peers.importlib.util, "find_spec", lambda name: object())
+    assert linear_peers.stk_status(QUICK_CASES[0]).startswith("skipped: blocks of 128 x 128")
+    assert linear_peers.stk_status(CASES[4]) == "skipped: no adapter"
 
 
 def test_the_hopper_launcher_hands_over_tiles_and_schedule(monkeypatch: pytest.MonkeyPatch):
@@ -153,8 +162,8 @@ def test_the_hopper_launcher_hands_over_tiles_and_schedule(monkeypatch: pytest.M
     kernel, name = KernelRecorder(), "tetris.kernels.hopper.linear_device"
     monkeypatch.setitem(sys.modules, name, module_with(name, block_sparse_linear_kernel=kernel))
     monkeypatch.setattr(linear_bench, "device_info", lambda device: H200)
-    operands = Operands.of(QUICK_CASES[0], torch.float16, "cpu")
-    y = linear_bench.tetris_callable(operands, LinearConfig(kernel="hopper", tile_tokens=128))()
+    operands = Operands.of(QUICK_CASES[0], "cpu")
+    y = linear_bench.tetris_callable(QUICK_CASES[0], operands, LinearConfig(kernel="hopper", tile_tokens=128))()
     ((grid, given, constants),) = kernel.launches
     assert y.shape == (128, 256) and 1 <= grid[0] <= H200.sm_count
     assert constants["TILE_M"] == 128 and constants["BLOCK_IN"] == 64 and not constants["HAS_BIAS"]

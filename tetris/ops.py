@@ -119,6 +119,8 @@ def block_sparse_conv2d(
         from tetris.kernels.hopper.schedule import Schedule
 
         extra = {"max_pool": max_pool, "schedule": Schedule.from_tensors(schedule) if schedule else None}
+    elif chosen.kernel == "hopper_linear":
+        extra = {"schedule": schedule or None}
     y = conv2d_launcher(chosen.kernel)(
         x.contiguous(memory_format=torch.channels_last),
         values,
@@ -138,7 +140,7 @@ def block_sparse_conv2d(
         config=chosen,
         **extra,
     )
-    return F.max_pool2d(y, 2) if max_pool and not extra else y
+    return F.max_pool2d(y, 2) if max_pool and "max_pool" not in extra else y
 
 
 @block_sparse_conv2d.register_kernel("cpu")

@@ -12,6 +12,7 @@ import torch
 
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
 from tetris.kernels.hopper import linear
+from tetris.kernels.hopper.linear_schedule import LinearSchedule, make_linear_schedule
 
 
 def is_pointwise(problem: Conv2dProblem) -> bool:
@@ -37,6 +38,16 @@ def supports(problem: Conv2dProblem, device: DeviceInfo, config: Conv2dConfig) -
     return linear.supports(as_linear(problem), device, linear_config(config))
 
 
+def pointwise_schedule(
+    problem: Conv2dProblem, config: Conv2dConfig, indptr: torch.Tensor, indices: torch.Tensor, sm_count: int
+) -> LinearSchedule:
+    """The linear kernel's offline schedule for all pixels, on the device of ``indptr``."""
+    return make_linear_schedule(
+        indptr, indices, block=problem.block, tokens=as_linear(problem).tokens, tile_tokens=config.tile_pixels,
+        n_programs=sm_count,
+    )  # fmt: skip
+
+
 def block_sparse_conv2d(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -60,7 +71,7 @@ def block_sparse_conv2d(
     """As :func:`tetris.kernels.conv2d.block_sparse_conv2d`, for problems that :func:`supports` takes.
 
     Args:
-        schedule: of :func:`tetris.kernels.hopper.linear_schedule.make_linear_schedule`, as for the linear layer.
+        schedule: of :func:`pointwise_schedule`; made anew when missing.
     Raises:
         UnsupportedError: permutations were given.
     """
