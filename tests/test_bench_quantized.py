@@ -1,0 +1,36 @@
+"""The bench of one-byte weights on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import pytest
+import torch
+
+from tests.support.fake_gpu import clock
+from tetris.bench import quantized_bench
+from tetris.bench.rows import OK, WRONG
+
+PROVIDERS = ["dense", "tetris float32", "tetris int8", "tetris float8_e4m3fn"]
+
+
+def test_a_quick_run_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_bench, "time_us", clock({"dense": 30.0, "tetris int8": 10.0}, otherwise=20.0))
+    parser = argparse.ArgumentParser()
+    quantized_bench.add_arguments(parser)
+    rows = quantized_bench.run(argparse.Namespace(**vars(parser.parse_args([])), device="cpu", quick=True))
+    assert [row.provider for row in rows] == 2 * PROVIDERS and {row.status for row in rows} == {OK}
+    assert [row.speedup for row in rows[:4]] == [1.0, 1.5, 3.0, 1.5]
+    plain, int8, float8 = rows[1:4]
+    assert max(row.error for row in rows[1:4]) < 1e-5
+    assert plain.extra["quantisation"] == 0 < int8.extra["quantisation"] < float8.extra["quantisation"] < 0.04
+    weights = round(plain.extra["kept"] * 16) * 64 * 64
+    assert plain.bytes - int8.bytes == 3 * weights and int8.bytes == float8.bytes == 4 * 512 + weights
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_bench, "tolerance", lambda dtype: 0.0)
+    rows = quantized_bench.measure(quantized_bench.QUICK[0], "cpu", torch.float32, 1)
+    assert rows[0].status == OK and {row.status for row in rows[1:]} == {WRONG}
+    assert all(math.isnan(row.median_us) and row.error > 0 for row in rows[1:])
