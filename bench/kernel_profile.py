@@ -20,6 +20,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Kinds of kernels by parts of their names, the first that fits; everything else is "other"."""
 
+SHOWN = 16
+"""Kernels that a printed profile lists."""
+
 
 def kind_of(kernel: str) -> str:
     """What a kernel is for."""
