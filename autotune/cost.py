@@ -21,7 +21,9 @@ from tetris.kernels.configs import (
     padded_block,
 )
 from tetris.kernels.hopper.heuristics import complete_tile
+from tetris.kernels.hopper.pointwise_conv2d import as_linear, linear_config
 from tetris.kernels.hopper.tile_choice import estimated_cycles
+from tetris.kernels.linear_paths import SCHEDULED
 from tetris.layout import ceil_div
 
 L2_BYTES_PER_S = 8.7e12
@@ -58,6 +60,8 @@ def estimate_us(problem: Problem, device: DeviceInfo, config: Config, ceilings: 
     """Estimated microseconds; good for ranking configurations of one problem, not for promises."""
     if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig) and config.kernel == "hopper":
         return LAUNCH_US + estimated_cycles(problem, complete_tile(problem, config), device) / CYCLES_PER_US
+    if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig) and config.kernel == "hopper_linear":
+        return estimate_us(as_linear(problem), device, linear_config(config), ceilings)
     work = _work(problem, device, config)
     rate = ceilings.flop_per_s * (1.0 if problem.dtype != "float32" else 0.5) / device.sm_count
     compute_us = work.flop / rate * 1e6
@@ -97,7 +101,7 @@ def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo, config: Conv2dC
 def _linear(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> Work:
     tiles = ceil_div(problem.tokens, config.tile_tokens)
     work = _portable(problem, device, config, tiles, config.tile_tokens, 1)
-    return replace(work, persistent=True, stall=1.0, per_sm=1) if config.kernel == "hopper" else work
+    return replace(work, persistent=True, stall=1.0, per_sm=1) if config.kernel in SCHEDULED else work
 
 
 def _portable(problem: Problem, device: DeviceInfo, config: Config, tiles: int, pixels: int, taps: int) -> Work:

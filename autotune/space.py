@@ -20,17 +20,17 @@ from tetris.kernels.configs import (
     LinearProblem,
     padded_block,
 )
-from tetris.kernels.conv2d_paths import choose_conv2d_config
-from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_refuses
-from tetris.kernels.hopper.linear import supports as hopper_linear_refuses
+from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.hopper.tile_choice import ranked_configs
-from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config
+from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config, linear_refuses, split_config
 from tetris.layout import ceil_div
 
 Config = Conv2dConfig | LinearConfig
 
 ACCUMULATORS_PER_THREAD = 128
 """fp32 accumulators a thread holds before the compiler spills (255 registers, half of them for everything else)."""
+SPLIT_TOKENS = 1024
+"""With more tokens the split kernel is not tried: there are tiles enough."""
 WASTE = 1.5
 """A tile whose padding computes more than this multiple of the best tile's pixels is not worth a measurement."""
 
@@ -50,10 +50,12 @@ def config_space(problem: Problem, device: DeviceInfo, max_pool: bool = False) -
     found: list[Config] = [default_config(problem, device, max_pool)]
     if isinstance(problem, Conv2dProblem):
         found += [*_portable_conv2d(problem, device), *ranked_configs(problem, device, max_pool=max_pool)]
+        found += [] if max_pool else [*_pointwise(problem, device)]
     else:
         found += [
             *_portable_linear(problem, device),
             *_hopper_linear(problem, device),
+            *_split_linear(problem, device),
             *_decode_linear(problem, device),
         ]
     return list(dict.fromkeys(found))
@@ -61,15 +63,14 @@ def config_space(problem: Problem, device: DeviceInfo, max_pool: bool = False) -
 
 def is_valid(problem: Problem, device: DeviceInfo, config: Config, max_pool: bool = False) -> bool:
     """Whether a configuration (of a neighbouring problem, say) can run this problem on this device."""
-    if config.kernel == "hopper":
-        if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig):
-            return hopper_conv2d_refuses(problem, device, config, max_pool=max_pool) is None
-        if isinstance(problem, LinearProblem) and isinstance(config, LinearConfig):
-            return hopper_linear_refuses(problem, device, config) is None
+    if isinstance(problem, Conv2dProblem) and isinstance(config, Conv2dConfig):
+        refusal, pixels = conv2d_refuses(problem, device, config, max_pool=max_pool), config.tile_pixels
+    elif isinstance(problem, LinearProblem) and isinstance(config, LinearConfig):
+        refusal, pixels = linear_refuses(problem, device, config), config.tile_tokens
+    else:
         return False
-    if config.kernel == "decode":
-        return isinstance(problem, LinearProblem) and problem.tokens <= DECODE_TOKENS
-    pixels = config.tile_pixels if isinstance(config, Conv2dConfig) else config.tile_tokens
+    if refusal is not None or config.kernel not in ("portable", "split"):
+        return refusal is None
     return _fits(problem, device, pixels, config.tile_out, config.tile_k, config.num_warps, config.num_stages)
 
 
@@ -144,7 +145,22 @@ def _portable_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Lin
 def _hopper_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
     for tile in (64, 128, 256):
         config = LinearConfig(kernel="hopper", tile_tokens=tile)
-        if hopper_linear_refuses(problem, device, config) is None:
+        if linear_refuses(problem, device, config) is None:
+            yield config
+
+
+def _split_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
+    base = split_config(problem, device)
+    for tile, stages in itertools.product((16, 32, 64, 128), (5, 7, 10)):
+        config = replace(base, tile_tokens=tile, num_stages=stages)
+        if DECODE_TOKENS < problem.tokens <= SPLIT_TOKENS and is_valid(problem, device, config):
+            yield config
+
+
+def _pointwise(problem: Conv2dProblem, device: DeviceInfo) -> Iterator[Conv2dConfig]:
+    for tile in (128, 256):
+        config = Conv2dConfig(kernel="hopper_linear", tile_n=1, tile_h=1, tile_w=tile)
+        if conv2d_refuses(problem, device, config) is None:
             yield config
 
 

@@ -24,7 +24,13 @@ from tests.support.operands import (
 from tetris.kernels.configs import DeviceInfo, default_conv2d_config, default_linear_config
 from tetris.kernels.conv2d import block_sparse_conv2d
 from tetris.kernels.linear import block_sparse_linear
-from tetris.kernels.linear_paths import choose_linear_config, linear_launcher, refuses_weights
+from tetris.kernels.linear_paths import (
+    choose_linear_config,
+    linear_launcher,
+    linear_schedule,
+    refuses_weights,
+    split_config,
+)
 from tetris.kernels.permute import permute_channels
 
 EVERYTHING = ("bias", "residual", "input", "output")
@@ -49,6 +55,14 @@ LINEARS = {
     "float16 128x32": (LinearCase(1024, 1024, (128, 32), (4096,)), "float16"),
     "float16 one token": (LinearCase(1024, 1024, (64, 64), (1,)), "float16"),
     "bfloat16 64x64 permuted": (LinearCase(1024, 1024, (64, 64), (512,), extras=EVERYTHING), "bfloat16"),
+}
+SPLITS = {
+    "float16 64x64, 128 tokens": (LinearCase(1024, 4096, (64, 64), (128,), extras=()), "float16"),
+    "float16 64x64, 20 tokens": (LinearCase(1024, 4096, (64, 64), (20,)), "float16"),
+    "bfloat16 128x64 fused": (
+        LinearCase(1024, 4096, (128, 64), (64,), extras=("bias", "residual", "output"), activation="gelu"),
+        "bfloat16",
+    ),
 }
 QUANTIZED = {
     f"{weights} {tokens} tokens": LinearCase(1024, 1024, (64, 64), (tokens,), weight_dtype=weights)
@@ -80,6 +94,14 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
             config = default_linear_config(linear_problem(case, operands), device)
             block_sparse_linear(**operands, config=config)
         report[f"linear {name}"] = results
+    for name, (case, dtype) in SPLITS.items() if device.has_descriptors else ():
+        operands = linear_operands(case, getattr(torch, dtype), cpu)
+        problem = linear_problem(case, operands)
+        config = split_config(problem, device)
+        schedule = linear_schedule(problem, config, operands["indptr"], operands["indices"], device.sm_count)
+        with compiling(arch) as results:
+            linear_launcher("split")(**operands, config=config, schedule=schedule.tensors)
+        report[f"linear split {name}"] = results
     for name, case in QUANTIZED.items():
         if refuses_weights(case.weight_dtype, device):
             continue
