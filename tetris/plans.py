@@ -304,9 +304,11 @@ def plan_table(plan: ModelPlan, style: str = "simple") -> str:
             ]
         )
     head = ["layer", "weight", "dense us", *(block_label(b) for b in labels), "plan", "kept", "retained", "why"]
-    summary = f"{len(plan.blocks)} of {len(plan)} layers pruned"
+    full = len(plan.full_layers)
+    summary = f"{len(plan.blocks) - full} of {len(plan)} layers pruned"
+    summary += f", {full} run unpruned on the block kernel" if full else ""
     if plan.dense_us and plan.planned_us:
-        summary += f"; prunable layers {plan.dense_us:.1f} -> {plan.planned_us:.1f} us, {plan.speedup:.2f}x"
+        summary += f"; measured layers {plan.dense_us:.1f} -> {plan.planned_us:.1f} us, {plan.speedup:.2f}x"
     where = ", ".join(filter(None, [plan.device, plan.dtype, plan.versions, plan.budget]))
     table = tabulate(lines, headers=head, tablefmt=style, disable_numparse=True)
     whole = [str(plan.end_to_end)] if plan.end_to_end else []
