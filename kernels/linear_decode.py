@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig, next_power_of_two
-from tetris.kernels.epilogue import activate, add_bias, scale_rows
+from tetris.kernels.epilogue import activate
 from tetris.layout import ceil_div
 
 
@@ -50,6 +50,13 @@ def linear_decode_kernel(
     offs_k = tl.arange(0, TILE_K)
     offs_m = tl.arange(0, TILE_M)
     mask_m = offs_m < M
+    offs_o = row * BLOCK_OUT + row_o
+    mask_o = (row_o < BLOCK_OUT) & (offs_o < N)
+    # Asked for now: behind the loop each would be a wait of its own.
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + offs_o, mask=mask_o, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)
     begin = tl.load(indptr + row) * BLOCK_IN
     end = tl.load(indptr + row + 1) * BLOCK_IN
     tl.assume(end > begin)
@@ -84,9 +91,10 @@ def linear_decode_kernel(
     else:
         sums = acc
 
-    offs_o = row * BLOCK_OUT + row_o
-    mask_o = (row_o < BLOCK_OUT) & (offs_o < N)
-    sums = add_bias(scale_rows(sums, scales_ptr, offs_o, mask_o), bias_ptr, offs_o, mask_o)
+    if scales_ptr is not None:
+        sums *= scale[:, None]
+    if bias_ptr is not None:
+        sums += bias[:, None]
     stored_o = offs_o
     if output_permutation_ptr is not None:
         stored_o = tl.load(output_permutation_ptr + offs_o, mask=mask_o, other=0)
