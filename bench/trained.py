@@ -54,17 +54,23 @@ def _train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs:
         return float((model(images[TRAIN_IMAGES:]).argmax(1) == labels[TRAIN_IMAGES:]).float().mean())
 
 
-def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> dict[str, torch.Tensor]:
-    """Layer -> weight on ``device``: LeNet's first linear layer [500, 800] and three layers of the VGG-like network.
-
-    The values depend on the device's arithmetic; ``quick`` trains one epoch.
-    """
+def trained_networks(device: str = "cpu", seed: int = 0, quick: bool = False) -> dict[str, nn.Module]:
+    """LeNet (28x28 images) and the VGG-like network (8x8) on ``device``; ``quick`` trains one epoch."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lenet, vgg = LeNet().to(device), _vgg_like().to(device)
     for model, size, epochs in ((lenet, 28, 8), (vgg, 8, 8)):
         images, labels = (t.to(device) for t in _digits(size))
         _train(model, images, labels, 1 if quick else epochs, seed)
+    return {"lenet": lenet, "vgg": vgg}
+
+
+def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> dict[str, torch.Tensor]:
+    """Layer -> weight on ``device``: LeNet's first linear layer [500, 800] and three layers of the VGG-like network.
+
+    The values depend on the device's arithmetic; ``quick`` trains one epoch.
+    """
+    lenet, vgg = trained_networks(device, seed, quick).values()
     linears: list[nn.Linear] = [m for m in lenet.modules() if isinstance(m, nn.Linear)]
     largest = max(linears, key=lambda layer: layer.weight.numel())
     convs = [m for m in vgg.modules() if isinstance(m, nn.Conv2d)]
@@ -72,6 +78,6 @@ def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> 
         largest.weight,
         convs[2].weight,
         convs[3].weight,
-        next(m for m in vgg if isinstance(m, nn.Linear)).weight,
+        next(m for m in vgg.modules() if isinstance(m, nn.Linear)).weight,
     )
     return {name: weight.detach() for name, weight in zip(TRAINED, weights)}

@@ -1,0 +1,136 @@
+"""What sharing permutations among layers costs in importance, and what not sharing them costs in time.
+
+Every network is pruned three times at the same rates: in the original order, with one permutation a channel group
+("shared": free at run time) and with one a weight and side ("separate": data is moved at run time). On a GPU the
+converted networks run too, and permutation's share of their kernels' time is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import tetris
+from tetris.autotune.device import device_name, versions
+from tetris.autotune.timer import graphed, time_us
+from tetris.bench.cases import VGG16_KEPT, scaled_weight
+from tetris.bench.kernel_profile import profile_kernels
+from tetris.bench.rows import Row, write_csv
+from tetris.bench.trained import trained_networks
+from tetris.models import MLP, VGG16, TransformerBlock, resnet18, resnet50
+from tetris.specs import prunable_layers
+
+SHARED, SEPARATE, ORIGINAL = "shared", "separate", "original"
+VGG16_RATES = [round(1 - kept, 2) for kept in VGG16_KEPT.values()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network: how to make it, its input, and which layers lose how much in which blocks."""
+
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    sparsity: Any
+    block: tuple[int, int] = (64, 32)
+    trained: bool = False
+
+
+CASES: dict[str, Case] = {
+    "LeNet, trained": Case(nn.Identity, (16, 1, 28, 28), {"conv2": 0.73, "fc1": 0.73}, (25, 10), trained=True),
+    "VGG-like, trained": Case(nn.Identity, (16, 1, 8, 8), 0.73, (32, 32), trained=True),
+    "MLP 1024-4096": Case(partial(MLP, 1024, 4096, 1024, 4096, 1024), (256, 1024), 0.75),
+    "transformer block 768": Case(partial(TransformerBlock, 768, 12), (2, 128, 768), 0.75),
+    "ResNet-18": Case(resnet18, (32, 3, 224, 224), {"layer*": 0.73}),
+    "ResNet-50, 3x3": Case(resnet50, (32, 3, 224, 224), {"layer*.*.conv2": 0.75}),
+    "ResNet-50": Case(resnet50, (32, 3, 224, 224), {"layer*": 0.75}),
+    "VGG16": Case(VGG16, (32, 3, 224, 224), VGG16_RATES),
+    "VGG16-BN": Case(partial(VGG16, batch_norm=True), (32, 3, 224, 224), VGG16_RATES),
+}
+QUICK = ("VGG-like, trained",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--model", nargs="+", choices=list(CASES), help="default: all")
+    parser.add_argument("--method", default="paper", help="reordering; see tetris.reorder")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """A row a network and kind of permutation; the CSV grows as they come."""
+    names = args.model or (QUICK if args.quick else tuple(CASES))
+    trained = trained_networks(quick=args.quick) if any(CASES[name].trained for name in names) else {}
+    rows: list[Row] = []
+    for name in names:
+        model = trained["lenet" if "LeNet" in name else "vgg"] if CASES[name].trained else None
+        rows += measure(name, CASES[name], model, args)
+        print(*(f"{r.case} {r.provider}: {r.extra}" for r in rows[-3:]), sep="\n", flush=True)
+        write_csv(args.out / "permutations.csv", rows)
+    return rows
+
+
+@torch.no_grad()
+def measure(name: str, case: Case, trained: nn.Module | None, args: argparse.Namespace) -> list[Row]:
+    """One network in three orders."""
+    dtype = torch.float16 if args.device == "cuda" else torch.float32
+    model = heavy_tailed(case.make()) if trained is None else trained
+    model = model.to(args.device, dtype).eval()
+    x = torch.randn(case.input_shape).to(args.device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    rows, kept = [], {}
+    for kind in (ORIGINAL, SHARED, SEPARATE):
+        options = {"method": "none"} if kind == ORIGINAL else {"method": args.method, "permutations": kind}
+        start = time.perf_counter()
+        pruned = tetris.prune(model, case.sparsity, case.block, example_inputs=x, **options)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+        found = [reordering.retained for reordering in tetris.reorderings(pruned).values()]
+        kept[kind] = sum(found) / len(found)
+        extra = {"retained": kept[kind], "layers": len(found), "search_seconds": seconds}
+        extra |= run_time(pruned, x) if args.device == "cuda" else {}
+        rows.append(Row("permutations", name, kind, device=device_name(args.device), versions=versions(), extra=extra))
+        del pruned
+    for row in rows:
+        row.extra["gain_kept"] = share_of_gain(row.extra["retained"], kept)
+    return rows
+
+
+def share_of_gain(retained: float, kept: dict[str, float]) -> float:
+    """Of what separate permutations gain over the original order; NaN where they gain nothing."""
+    gain = kept[SEPARATE] - kept[ORIGINAL]
+    return (retained - kept[ORIGINAL]) / gain if gain > 0 else math.nan
+
+
+def heavy_tailed(model: nn.Module) -> nn.Module:
+    """Weights whose rows and columns differ as in trained networks, each layer for itself: sharing at its hardest."""
+    for index, layer in enumerate(prunable_layers(model).values()):
+        weight = scaled_weight(tuple(layer.weight.shape), 0.5, index)
+        layer.weight.data = weight / math.sqrt(weight[0].numel())
+    return model
+
+
+def run_time(pruned: nn.Module, x: torch.Tensor) -> dict[str, float]:
+    """The converted network from a CUDA graph: its time, and permutation's share of its kernels' time."""
+    fast = tetris.convert(pruned, x)
+    fast(x)
+    replay = graphed(lambda: fast(x))
+    time = time_us({"fast": replay}, device=x.device, repeats=10)["fast"]
+    share = profile_kernels(replay, str(x.device)).share("permutation")
+    return {"network_us": time.median_us, "permutation_share": share}
+
+
+def show(rows: list[Row]) -> str:
+    """A line a network and order."""
+    from tabulate import tabulate
+
+    columns = ("retained", "gain_kept", "network_us", "permutation_share", "search_seconds")
+    lines = [
+        [row.case, row.provider, *(f"{row.extra[c]:.3f}" if c in row.extra else "" for c in columns)] for row in rows
+    ]
+    return tabulate(lines, headers=("network", "permutations", *columns), disable_numparse=True)
