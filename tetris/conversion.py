@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.errors import TetrisError, UnsupportedError
-from tetris.fusion import fold_batch_norms, fuse_epilogues
+from tetris.fusion import fold_batch_norms, fold_residual_biases, fuse_epilogues
 from tetris.channels import ModelGraph
 from tetris.graph import ExampleInputs, channel_groups
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
@@ -47,6 +47,7 @@ class ConvertedLayer:
         input_order, output_order: storage orders of its input and output channels; None = original.
         reason: why it is dense.
         weight_dtype: "int8" or "float8_e4m3fn" for quantised weights; "" = the activations'.
+        bias_of: the dense layer whose result it adds as a residual and whose bias it therefore adds with its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ConvertedLayer:
     output_order: torch.Tensor | None = None
     reason: str = ""
     weight_dtype: str = ""
+    bias_of: str | None = None
 
 
 @dataclass
@@ -216,6 +218,8 @@ class _Converter:
         if self.fuse:
             for name, operations in fuse_epilogues(traced).items():
                 self.layers[name].fused = operations
+            for name, source in fold_residual_biases(traced).items():
+                self.layers[name].bias_of = source
         _clean(traced)
 
     def replace_stem(self, name: str) -> None:

@@ -109,6 +109,36 @@ def fuse_epilogues(traced: fx.GraphModule) -> dict[str, list[str]]:
     return fused
 
 
+def fold_residual_biases(traced: fx.GraphModule) -> dict[str, str]:
+    """A dense layer whose result is only added as a residual gives its bias to the layer that adds it.
+
+    What a library's convolution leaves to a pass of its own, a fused epilogue does beside its bias: on an H200 the
+    shortcuts of ResNet-50 at batch 128 cost .17 ms of 3.3 for their biases. Returns {adding layer: dense layer}.
+    """
+    modules, once = dict(traced.named_modules()), called_once(traced)
+    folded = {}
+    for node in traced.graph.nodes:
+        source = node.kwargs.get("residual") if node.op == "call_module" else None
+        if not (isinstance(source, fx.Node) and source.op == "call_module" and feeds_only(source, node)):
+            continue
+        layer, dense = modules[str(node.target)], modules[str(source.target)]
+        alone = {str(node.target), str(source.target)} <= once
+        if not (alone and isinstance(layer, BlockSparseLayer) and type(dense) in (nn.Conv2d, nn.Linear)):
+            continue
+        if dense.bias is not None:
+            _move_bias(dense, layer)
+            folded[str(node.target)] = str(source.target)
+    return folded
+
+
+def _move_bias(dense: nn.Module, layer: BlockSparseLayer) -> None:
+    """The layer's bias lies in the order of its block rows, the dense layer's in that of the stored channels."""
+    assert isinstance(dense, nn.Conv2d | nn.Linear) and dense.bias is not None
+    moved = dense.bias.data if layer.output_permutation is None else dense.bias.data[layer.output_permutation]
+    total = moved if layer.bias is None else (layer.bias.data.float() + moved.float()).to(moved.dtype)
+    layer.bias, dense.bias = nn.Parameter(total, requires_grad=False), None
+
+
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op == "call_module":
         module = modules[str(node.target)]

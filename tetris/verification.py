@@ -121,7 +121,7 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
         if quantization:
             reference = reference_model(*exact_args, **exact_kwargs)
         layers = [
-            _check_layer(reference_model, fast.get_submodule(name), record.layers[name], *captured[name])  # type: ignore[arg-type]
+            _check_layer(reference_model, fast.get_submodule(name), record.layers, name, *captured[name])  # type: ignore[arg-type]
             for name in captured
         ]
     outputs = _check_outputs(y, reference, own, exact, len(record.layers))
@@ -152,16 +152,24 @@ def _capture(name: str, captured: dict[str, tuple[Tensor, Tensor | None, Tensor]
 
 
 def _check_layer(
-    model: nn.Module, layer: FusedLayer, record: ConvertedLayer, x: Tensor, residual: Tensor | None, y: Tensor
+    model: nn.Module,
+    layer: FusedLayer,
+    records: dict[str, ConvertedLayer],
+    name: str,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
 ) -> Check:
     """The masked original (with its batch norm) in float64 on the same input, brought to the storage orders."""
-    dim = 1 if y.dim() == 4 else -1
+    record, dim = records[name], 1 if y.dim() == 4 else -1
     original = x.double()
     if record.input_order is not None:
         original = apply(original, {dim: inverse(record.input_order)})
-    expected = model.get_submodule(record.name)(original)
-    if record.batch_norm is not None:
-        expected = model.get_submodule(record.batch_norm)(expected)
+    expected = _original(model, record, original)
+    if record.bias_of is not None:
+        source = records[record.bias_of]
+        weight = model.get_submodule(source.name).weight
+        expected = expected + _original(model, source, torch.zeros_like(weight[:1]))[..., :1, :1]
     if record.output_order is not None:
         expected = apply(expected, {dim: record.output_order})
     if residual is not None:
@@ -175,6 +183,12 @@ def _check_layer(
     if isinstance(layer, BlockSparseLayer):
         detail = f"{layer.block[0]}x{layer.block[1]}, {layer.kept_fraction:.0%} kept"
     return Check(record.name, relative_error(y, expected), limit, detail)
+
+
+def _original(model: nn.Module, record: ConvertedLayer, x: Tensor) -> Tensor:
+    """The masked original of a layer, with the batch norm that was folded into it; of zeros its bias."""
+    y = model.get_submodule(record.name)(x)
+    return y if record.batch_norm is None else model.get_submodule(record.batch_norm)(y)
 
 
 def _check_outputs(y: Any, reference: Any, own: Any, exact: Any, depth: int) -> list[Check]:
