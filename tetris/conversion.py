@@ -18,9 +18,9 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from tetris.block_sparse_layer import BlockSparseLayer
+from tetris.channels import ModelGraph
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.fusion import fold_batch_norms, fold_residual_biases, fuse_epilogues
-from tetris.channels import ModelGraph
 from tetris.graph import ExampleInputs, channel_groups
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.masking import bake_masks, reorderings

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,8 +168,9 @@ def _check_layer(
     expected = _original(model, record, original)
     if record.bias_of is not None:
         source = records[record.bias_of]
-        weight = model.get_submodule(source.name).weight
-        expected = expected + _original(model, source, torch.zeros_like(weight[:1]))[..., :1, :1]
+        weight = cast(Tensor, model.get_submodule(source.name).weight)
+        bias = _original(model, source, torch.zeros_like(weight[:1]))  # what zeros become
+        expected = expected + (bias[..., :1, :1] if dim == 1 else bias[0])
     if record.output_order is not None:
         expected = apply(expected, {dim: record.output_order})
     if residual is not None:
