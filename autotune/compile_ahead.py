@@ -1,7 +1,7 @@
 """Compile kernels in many processes at once, so that a planner, a tuner or a bench finds them in the compiler's cache.
 
-A Gluon kernel takes a processor some seconds to compile; a network needs dozens. The GPU measures what is ready while
-the rest is compiled. A kernel that crashes or hangs takes its worker with it and nobody else.
+A Gluon kernel takes a processor some seconds to compile; a network needs dozens. A kernel that crashes or hangs takes
+its worker with it and nobody else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +70,10 @@ class Worker:
             pass  # it died while idle: said below
         finally:
             alarm.cancel()
-        taken = time.monotonic() - started
+        code, taken = process.wait(), time.monotonic() - started
         if taken >= seconds:
             return Compiled(f"ended after {seconds:g} s", taken)
-        return Compiled(f"the worker ended with {process.wait()}: {' | '.join(said)[-300:]}", taken)
+        return Compiled(f"the worker ended with {code}: {' | '.join(said)[-300:]}", taken)
 
     def close(self) -> None:
         """End the process."""
@@ -107,9 +107,14 @@ class CompilePool:
                 self.team.announce(f"job {index}", json.dumps(done))
         worker.close()
 
-    def results(self, indices: Sequence[int]) -> list[Compiled]:
-        """The outcomes of these jobs; waits for them."""
-        return [Compiled(*json.loads(text)) for text in self.team.wait_for(f"job {index}" for index in indices)]
+    def results(self, on_progress: Callable[[int], None] = lambda done: None) -> list[Compiled]:
+        """The outcomes of all jobs, in their order; waits for them, telling how many are done now and then."""
+        names = [f"job {index}" for index in range(len(self.jobs))]
+
+        def report() -> None:
+            on_progress(sum(self.team.heard(name) is not None for name in names))
+
+        return [Compiled(*json.loads(text)) for text in self.team.wait_for(names, report)]
 
     def wait(self, seconds: float | None = None) -> list[str]:
         """Wait for all jobs, at most ``seconds``, and close; what failed, in words."""

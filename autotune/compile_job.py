@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from tetris.autotune.space import default_config
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout, grid_shape
+from tetris.tuned_choices import shipped_choice
 
 ANSWER = "compile_ahead:"
 """How a worker's answers begin; compilers print to standard output too."""
@@ -28,7 +29,10 @@ ANSWER = "compile_ahead:"
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: a problem, a config key ("" = the default choice) and the epilogue."""
+    """One kernel to compile: a problem, a config key ("" = the default choice) and the epilogue.
+
+    ``indptr`` and ``indices`` are the layer's layout, where it is known: some kernels depend on how uneven it is.
+    """
 
     problem: Problem
     config: str = ""
@@ -36,18 +40,25 @@ class Job:
     max_pool: bool = False
     bias: bool = True
     residual: bool = False
+    indptr: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "kind": type(self.problem).__name__}
+        return {**vars(self), "problem": asdict(self.problem), "kind": type(self.problem).__name__}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Job:
         """From what :meth:`to_json` gave."""
         kinds: dict[str, Any] = {kind.__name__: kind for kind in (Conv2dProblem, LinearProblem)}
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in data["problem"].items()}
-        rest = {name: data[name] for name in ("config", "activation", "max_pool", "bias", "residual")}
-        return Job(kinds[data["kind"]](**values), **rest)
+        problem = kinds[data["kind"]](**_with_tuples(data["problem"]))
+        rest = {name: value for name, value in data.items() if name not in ("kind", "problem")}
+        return Job(problem, **_with_tuples(rest))
+
+
+def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
 
 def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
@@ -55,7 +66,9 @@ def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
     found: dict[object, Job] = {}
     for job in jobs:
         problem = job.problem
-        config = job.config or default_config(problem, device, job.max_pool).to_key()
+        shipped = shipped_choice(problem, device, job.max_pool)
+        default = shipped.config if shipped else default_config(problem, device, job.max_pool)
+        config = job.config or default.to_key()
         geometry: tuple[object, ...] = ()
         if isinstance(problem, Conv2dProblem):
             geometry = problem.kernel_size, problem.stride, problem.padding, problem.dilation
@@ -67,7 +80,7 @@ def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
 @torch.no_grad()
 def run_once(job: Job, device: str) -> torch.Tensor:
     """Run a layer of zeros for the job once: the launch compiles what is missing."""
-    layer, x = _layer_and_input(job.problem, job.activation, job.max_pool, job.bias, device)
+    layer, x = _layer_and_input(replace(job, config=""), device)
     layer.config = job.config
     layer._launches.clear()
     return layer(x, _residual(job.problem, x)) if job.residual else layer(x)
@@ -82,26 +95,36 @@ def _residual(problem: Problem, x: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def _layer_and_input(
-    problem: Problem, activation: str, max_pool: bool, bias: bool, device: str
-) -> tuple[SparseLayer, torch.Tensor]:
+def _layer_and_input(job: Job, device: str) -> tuple[SparseLayer, torch.Tensor]:
     """Made once for jobs in a row that differ in the config only; weights and inputs are zeros."""
-    dtype = getattr(torch, problem.dtype)
-    options: dict[str, Any] = {"bias": bias, "activation": activation, "dtype": dtype, "device": device}
-    if isinstance(problem, Conv2dProblem):
-        layout = even_layout((problem.c_out, problem.c_in), problem.block, problem.n_blocks, device)
-        layer = BlockSparseConv2d(
-            problem.c_in, problem.c_out, problem.kernel_size, problem.block, layout.n_blocks, problem.stride,
-            problem.padding, problem.dilation, max_pool=max_pool, layout=layout, **options,
-        )  # fmt: skip
-        x = torch.empty(problem.batch, problem.c_in, problem.height, problem.width, dtype=dtype, device=device)
-        return layer, x.contiguous(memory_format=torch.channels_last).zero_()
-    layout = even_layout((problem.out_features, problem.in_features), problem.block, problem.n_blocks, device)
-    linear = BlockSparseLinear(
-        problem.in_features, problem.out_features, problem.block, layout.n_blocks, problem.weight_dtype, layout=layout,
-        **options,
+    problem, dtype = job.problem, getattr(torch, job.problem.dtype)
+    layout = _layout(job, device)
+    options: dict[str, Any] = {"bias": job.bias, "activation": job.activation, "layout": layout}
+    options |= {"dtype": dtype, "device": device}
+    if isinstance(problem, LinearProblem):
+        linear = BlockSparseLinear(
+            problem.in_features, problem.out_features, problem.block, layout.n_blocks, problem.weight_dtype, **options
+        )
+        return linear, torch.zeros(problem.tokens, problem.in_features, dtype=dtype, device=device)
+    layer = BlockSparseConv2d(
+        problem.c_in, problem.c_out, problem.kernel_size, problem.block, layout.n_blocks, problem.stride,
+        problem.padding, problem.dilation, max_pool=job.max_pool, **options,
     )  # fmt: skip
-    return linear, torch.zeros(problem.tokens, problem.in_features, dtype=dtype, device=device)
+    x = torch.empty(problem.batch, problem.c_in, problem.height, problem.width, dtype=dtype, device=device)
+    return layer, x.contiguous(memory_format=torch.channels_last).zero_()
+
+
+def _layout(job: Job, device: str) -> BlockLayout:
+    """The job's own layout, or an even one."""
+    problem = job.problem
+    if isinstance(problem, LinearProblem):
+        shape = problem.out_features, problem.in_features
+    else:
+        shape = problem.c_out, problem.c_in
+    if not job.indptr:
+        return even_layout(shape, problem.block, problem.n_blocks, device)
+    indptr, indices = (torch.tensor(values, dtype=torch.int32, device=device) for values in (job.indptr, job.indices))
+    return BlockLayout(shape, problem.block, indptr, indices)
 
 
 def even_layout(shape: tuple[int, int], block: tuple[int, int], n_blocks: int, device: str) -> BlockLayout:

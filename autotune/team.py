@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-TICK_SECONDS = 0.02
+TICK_SECONDS = 0.05
 
 
 def local_gpu() -> str:

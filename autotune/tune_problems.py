@@ -1,7 +1,8 @@
-"""A search over many problems: kernels compile in all processors while the GPU measures the problems that are ready.
+"""A search over many problems: first all kernels are compiled and tried, in all processors, then the GPU measures.
 
-Several processes, each with a GPU, share the problems and the compiling. What is finished is stored at once, so that an
-interrupted search goes on where it stopped.
+Not both at once: trials of compiled kernels made times on the same GPU up to three times too long. Several processes,
+each with a GPU, share both. What is measured is stored at once and what is compiled stays in the compiler's cache, so
+that an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from tetris.autotune.candidates import candidates
-from tetris.autotune.compile_ahead import CompilePool
+from tetris.autotune.compile_ahead import Compiled, CompilePool
 from tetris.autotune.compile_job import Job
 from tetris.autotune.cost import estimate_us
 from tetris.autotune.layer_bench import LayerBench
@@ -49,10 +50,14 @@ class Wanted:
         """Equal for layers that share a choice."""
         return problem_key(self.problem, pools(self.layer))
 
-    def job(self, config: Config) -> Job:
-        """What compiles and tries the layer's kernel in another process."""
+    def jobs(self, configs: Sequence[Config]) -> list[Job]:
+        """What compiles and tries the layer's kernels in another process."""
         layer = self.layer
-        return Job(self.problem, config.to_key(), layer.activation, pools(layer), layer.bias is not None)
+        base = Job(
+            self.problem, "", layer.activation, pools(layer), layer.bias is not None,
+            indptr=tuple(layer.indptr.tolist()), indices=tuple(layer.indices.tolist()),
+        )  # fmt: skip
+        return [replace(base, config=config.to_key()) for config in configs]
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Outcome:
         leaders: the last race's configurations, the fastest first, the default among them.
         failures: configurations that did not run or answered wrongly, with the reason.
         compile_seconds: of all its kernels, on one processor.
-        waited_seconds, measured_seconds: until its kernels were there, and then on the GPU.
+        measured_seconds: on the GPU.
     """
 
     wanted: Wanted
@@ -72,64 +77,82 @@ class Outcome:
     leaders: list[Config] = field(default_factory=list)
     failures: dict[Config, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
-    waited_seconds: float = 0.0
     measured_seconds: float = 0.0
 
 
-def tune_problems(
-    wanted: Sequence[Wanted],
-    device: DeviceInfo,
-    store: TuningStore,
-    *,
-    budget: int | None = None,
-    team: Team | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Entry]:
-    """Search a configuration for every problem; store each as soon as it is found.
+@dataclass
+class Search:
+    """A search over distinct problems; ``compile``, then ``measure``.
 
-    Args:
-        wanted: distinct problems that the store does not hold; the same list in every process of the team.
+    Attributes:
+        wanted: the problems; the same list in every process of the team.
         budget: configurations to measure of each; None = a full search (see ``candidates``).
         team: processes that share the work; None = this one.
-        workers: processes that compile; None = a sensible number, 0 = none: kernels compile when they are measured.
-        progress: called with (layer, problems done by the team, problems in all).
-        on_outcome: called with every outcome of this process.
-    Returns:
-        the choices of the whole team; problems that nothing runs are absent.
+        tried: what will be measured, by the problems' keys.
     """
-    team = team or Team.alone()
-    tried = {item.key: candidates(item.problem, device, pools(item.layer), budget) for item in wanted}
-    todo = sorted(
-        wanted, key=lambda item: -predicted_us(item, device, tried[item.key])
-    )  # the longest first: it evens out
-    configs = [tried[item.key] for item in todo]
-    jobs = [item.job(config) for item in todo for config in tried[item.key]]
-    pool = CompilePool(jobs, str(todo[0].x.device), team, workers) if todo and workers != 0 else None
 
-    def report() -> None:
-        if progress and todo:
-            done = [item.name for index, item in enumerate(todo) if team.heard(f"problem {index}") is not None]
-            progress(done[-1] if done else "compile", len(done), len(todo))
+    wanted: Sequence[Wanted]
+    device: DeviceInfo
+    budget: int | None = None
+    team: Team = field(default_factory=Team.alone)
+    progress: Progress | None = None
+    tried: dict[str, list[Config]] = field(init=False)
+    compiled: dict[str, list[Compiled]] = field(init=False, default_factory=dict)
 
-    try:
-        first = [sum(map(len, configs[:index])) for index in range(len(todo))]
-        while (index := team.claim("problem")) < len(todo):
+    def __post_init__(self) -> None:
+        self.tried = {
+            item.key: candidates(item.problem, self.device, pools(item.layer), self.budget) for item in self.wanted
+        }
+        self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
+
+    def compile(self, workers: int | None = None) -> list[Compiled]:
+        """Compile and try all configurations in ``workers`` processes; None = a sensible number.
+
+        What is left out here compiles when it is measured.
+        """
+        jobs = [job for item in self.wanted for job in item.jobs(self.tried[item.key])]
+        if not jobs or workers == 0:
+            return []
+        pool = CompilePool(jobs, str(self.wanted[0].x.device), self.team, workers)
+        try:
+            results = pool.results(lambda done: self._report("compile", done, len(jobs)))
+        finally:
+            pool.close()
+        left = iter(results)
+        self.compiled = {item.key: [next(left) for _ in self.tried[item.key]] for item in self.wanted}
+        return results
+
+    def measure(self, store: TuningStore, on_outcome: Callable[[Outcome], None] = lambda outcome: None) -> list[Entry]:
+        """Find and store the problems' choices, the longest problem first.
+
+        Args:
+            store: where each choice goes as soon as it is found.
+            on_outcome: called with every outcome of this process.
+        Returns:
+            the choices of the whole team; problems that nothing runs are absent.
+        """
+        names = [f"problem {index}" for index in range(len(self.wanted))]
+
+        def report() -> None:
+            done = [item.name for item, name in zip(self.wanted, names) if self.team.heard(name) is not None]
+            self._report(done[-1] if done else "measure", len(done), len(names))
+
+        while (index := self.team.claim("problem")) < len(names):
             report()
-            gpu = todo[index].x.device
-            with torch.cuda.device(gpu if gpu.type == "cuda" else -1):
-                outcome = search(todo[index], device, configs[index], pool, first[index])
+            item = self.wanted[index]
+            with torch.cuda.device(item.x.device if item.x.device.type == "cuda" else -1):
+                outcome = search(item, self.device, self.tried[item.key], self.compiled.get(item.key, []))
             if outcome.entry:
                 store.put([outcome.entry])
             on_outcome(outcome)
-            team.announce(f"problem {index}", json.dumps(outcome.entry.to_json() if outcome.entry else None))
-        texts = team.wait_for((f"problem {index}" for index in range(len(todo))), report)
-    finally:
-        if pool:
-            pool.close()
-    report()
-    return [Entry.from_json(data, "tune") for data in map(json.loads, texts) if data is not None]
+            self.team.announce(names[index], json.dumps(outcome.entry.to_json() if outcome.entry else None))
+        found = [json.loads(text) for text in self.team.wait_for(names, report)]
+        report()
+        return [Entry.from_json(data, "tune") for data in found if data is not None]
+
+    def _report(self, name: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(name, done, total)
 
 
 def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> float:
@@ -137,16 +160,11 @@ def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> flo
     return len(tried) * (500.0 + estimate_us(wanted.problem, device, tried[0]))
 
 
-def search(wanted: Wanted, device: DeviceInfo, tried: list[Config], pool: CompilePool | None, first: int) -> Outcome:
-    """Race what compiled, then time the leaders beside the default (``tried[0]``)."""
+def search(wanted: Wanted, device: DeviceInfo, tried: list[Config], compiled: list[Compiled]) -> Outcome:
+    """Race the configurations that compiled, then time the leaders beside the default (``tried[0]``)."""
     started = time.monotonic()
-    outcome = Outcome(wanted, None)
-    if pool:
-        compiled = dict(zip(tried, pool.results(range(first, first + len(tried)))))
-        outcome.failures = {config: done.reason for config, done in compiled.items() if done.reason}
-        outcome.compile_seconds = sum(done.seconds for done in compiled.values())
-    ready = time.monotonic()
-    outcome.waited_seconds = ready - started
+    failures = {config: done.reason for config, done in zip(tried, compiled) if done.reason}
+    outcome = Outcome(wanted, None, failures=failures, compile_seconds=sum(done.seconds for done in compiled))
     bench = LayerBench(wanted.layer, wanted.x, outcome.failures)
     raced = bench.race(tried)
     leaders = sorted(raced, key=raced.__getitem__)[:FINALISTS]
@@ -158,7 +176,7 @@ def search(wanted: Wanted, device: DeviceInfo, tried: list[Config], pool: Compil
             device.name, device.capability, device.triton_version, wanted.problem, best, times[best],
             times.get(tried[0], math.nan), len(raced), pools(wanted.layer),
         )  # fmt: skip
-    outcome.measured_seconds = time.monotonic() - ready
+    outcome.measured_seconds = time.monotonic() - started
     if wanted.x.device.type == "cuda":
         torch.cuda.empty_cache()
     return outcome

@@ -19,7 +19,7 @@ from tetris.autotune.problems import SparseLayer, capture_inputs, pools, problem
 from tetris.autotune.space import is_valid
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
-from tetris.autotune.tune_problems import Outcome, Progress, Wanted, tune_problems
+from tetris.autotune.tune_problems import Outcome, Progress, Search, Wanted
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.graph import ExampleInputs
 from tetris.kernels.configs import DeviceInfo
@@ -161,10 +161,9 @@ def tune_model(
     device = device_info(next(iter(inputs.values())).device)
     known = {} if again else {key: _known(store, item, device) for key, item in distinct.items()}
     missing = json.loads(team.agree("missing", json.dumps([key for key in distinct if known.get(key) is None])))
-    found = tune_problems(
-        [distinct[key] for key in missing], device, store, budget=budget, team=team, workers=workers,
-        progress=progress, on_outcome=tuning.add,
-    )  # fmt: skip
+    search = Search([distinct[key] for key in missing], device, budget, team, progress)
+    search.compile(workers)
+    found = search.measure(store, tuning.add)
     by_key = {problem_key(entry.problem, entry.max_pool): entry for entry in found}
     for key, names in tuning.layers.items():
         entry = by_key.get(key) or known.get(key)

@@ -21,9 +21,8 @@ from tetris.autotune.device import device_info, device_name, versions
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.space import Config
 from tetris.autotune.store import TuningStore
-from tetris.autotune.team import Team
 from tetris.autotune.timer import Timing
-from tetris.autotune.tune_problems import Outcome, tune_problems
+from tetris.autotune.tune_problems import Outcome, Search
 from tetris.bench.report import table
 from tetris.bench.rows import FAILED, OK, SKIPPED, Row, write_csv
 from tetris.bench.tuning_cases import FULL, QUICK, SUITES, TuningCase
@@ -35,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), help="default: all of the targets")
     parser.add_argument("--budget", type=int, help="configurations to measure a layer; default: a full search")
+    parser.add_argument(
+        "--stage", choices=("both", "compile", "measure"), default="both", help="kernels may be compiled before"
+    )
     parser.add_argument("--workers", type=int, help="processes that compile; default: the processors but one")
     parser.add_argument("--layers", help="only layers whose name contains this")
 
@@ -99,22 +101,24 @@ def tune_suite(suite: str, cases: list[TuningCase], args: argparse.Namespace, bo
         book.add(layer_rows(case, outcome, times), failure_rows(case, outcome))
         checked_seconds += time.monotonic() - started
 
-    wanted = [case.wanted(args.device, dtype) for case in cases]
-    workers = default_workers() if args.workers is None else args.workers
     started = time.monotonic()
-    tune_problems(
-        wanted, device, TuningStore(), budget=args.budget, team=Team.alone(), workers=workers, on_outcome=on_outcome
-    )
-    seconds = time.monotonic() - started - checked_seconds
+    search = Search([case.wanted(args.device, dtype) for case in cases], device, args.budget)
+    workers = default_workers() if args.workers is None else args.workers
+    compiled = search.compile(0 if args.stage == "measure" else workers)
+    compiled_at = time.monotonic()
+    if args.stage != "compile":
+        search.measure(TuningStore(), on_outcome)
+    ended = time.monotonic()
     extra = {
-        "seconds": round(seconds, 1),
+        "seconds": round(ended - started - checked_seconds, 1),
+        "compile_wall_seconds": round(compiled_at - started, 1),
         "checked_seconds": round(checked_seconds, 1),
-        "compile_seconds": round(sum(o.compile_seconds for o in outcomes), 1),
+        "compile_seconds": round(sum(done.seconds for done in compiled), 1),
         "measured_seconds": round(sum(o.measured_seconds for o in outcomes), 1),
         "workers": workers,
-        "layers": len(wanted),
-        "tried": sum(o.entry.tried for o in outcomes if o.entry),
-        "failed": sum(len(o.failures) for o in outcomes),
+        "layers": len(cases),
+        "tried": sum(map(len, search.tried.values())),
+        "failed": sum(len(o.failures) for o in outcomes) or sum(bool(done.reason) for done in compiled),
     }
     rows = [Row("tuning", suite, "search", extra=extra)]
     for name in dict.fromkeys(case.suite for case in cases):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from tetris.autotune.compile_ahead import CompilePool, Worker, start_workers
@@ -30,6 +31,12 @@ def test_problems_that_share_a_kernel_are_compiled_once() -> None:
     assert distinct_kernels(jobs, device) == [jobs[0], jobs[2], jobs[3], jobs[4]]
 
 
+def test_a_job_may_have_a_layout_of_its_own() -> None:
+    job = Job(LINEAR, indptr=(0, 2, 3, 4), indices=(0, 1, 0, 1))
+    assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+    assert run_once(job, "cpu").shape == (4, 48)
+
+
 def test_layouts_are_even() -> None:
     layout = even_layout((96, 64), (32, 16), 7, "cpu")
     assert layout.n_blocks == 7 and sorted(layout.indptr.diff().tolist()) == [2, 2, 3]
@@ -45,9 +52,10 @@ def test_workers_run_all_jobs_and_name_the_ones_that_fail() -> None:
 def test_a_pool_tells_every_job_s_outcome_and_time() -> None:
     bad = Job(LinearProblem(4, 64, 48, (16, 32), "no_such_dtype", 4))
     pool = CompilePool([Job(CONV), bad, Job(LINEAR)], "cpu", workers=2)
-    fine, failed = pool.results([0, 1])
+    seen: list[int] = []
+    fine, failed, other = pool.results(seen.append)
     assert fine.reason == "" and fine.seconds > 0 and "no_such_dtype" in failed.reason
-    assert pool.results([2])[0].reason == ""
+    assert other.reason == "" and seen == sorted(seen) and set(seen) <= {0, 1, 2, 3}
     pool.close()
 
 
@@ -77,7 +85,7 @@ def test_jobs_that_take_too_long_are_left() -> None:
 def test_two_pools_of_a_team_share_the_jobs() -> None:
     team, jobs = Team.alone(), [Job(CONV), Job(LINEAR), Job(LINEAR, bias=False), Job(CONV, bias=False)]
     pools = [CompilePool(jobs, "cpu", Team(rank, 2, team.board), workers=1) for rank in (0, 1)]
-    assert [done.reason for done in pools[1].results(range(4))] == [""] * 4
+    assert [done.reason for done in pools[1].results()] == [""] * 4
     assert team.claim("job") >= 4, "all were claimed"
     for pool in pools:
         pool.close()

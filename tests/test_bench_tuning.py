@@ -33,7 +33,9 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
 
         monkeypatch.setattr(kind, "launch", launch)
     device = type("cpu", (str,), {"__eq__": lambda self, other: False, "__hash__": str.__hash__})("cpu")
-    return Namespace(device=device, out=tmp_path, suite=["small"], quick=True, budget=3, workers=0, layers=None)
+    return Namespace(
+        device=device, out=tmp_path, suite=["small"], quick=True, budget=3, workers=0, layers=None, stage="both"
+    )
 
 
 def test_every_layer_and_suite_gets_its_rows_and_the_choices_are_stored(args: Namespace, tmp_path: Path) -> None:
