@@ -1,7 +1,7 @@
 """Tuning on several GPUs: seconds of one full search of a suite, with 1, 2, ... processes under torchrun.
 
-Every run starts with an empty store; "cold" with an empty cache of compiled kernels, "warm" with the one before it, so
-that nearly all of it is measuring. A process gets the same number of processors however many processes there are.
+Every run starts with an empty store and an empty cache of compiled kernels. A process gets the same number of processors
+however many processes there are; compiling and measuring are timed apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """A row a run, cold ones first; the CSV grows as they come."""
+    """A row a run; the CSV grows as they come."""
     rows: list[Row] = []
     most = max(args.processes)
     if torch.cuda.device_count() < most:
@@ -46,44 +47,38 @@ def run(args: argparse.Namespace) -> list[Row]:
         write_csv(args.out / "tuning_scaling.csv", rows)
         return rows
     with tempfile.TemporaryDirectory() as folder:
-        seconds: dict[str, float] = {}
-        for state in ("cold", "warm"):
-            for processes in args.processes:
-                found = run_processes(processes, state, args, most, Path(folder))
-                row = summary(args.suite, processes, state, found)
-                first_seconds = seconds.setdefault(state, row.median_us)
-                rows.append(Row(**{**vars(row), "speedup": first_seconds / row.median_us}))
-                write_csv(args.out / "tuning_scaling.csv", rows)
-                print(show(rows[-1:]), flush=True)
+        for processes in args.processes:
+            row = summary(args.suite, processes, run_processes(processes, args, most, Path(folder)))
+            rows.append(replace(row, speedup=(rows or [row])[0].median_us / row.median_us))
+            write_csv(args.out / "tuning_scaling.csv", rows)
+            print(show(rows[-1:]), flush=True)
     return rows
 
 
 def show(rows: list[Row]) -> str:
     """Seconds and their parts."""
-    parts = ["kernels", "seconds", "compile_wall_seconds", "measure_wall_seconds", "compile_seconds", "problems"]
+    parts = ["seconds", "compile_wall_seconds", "measure_wall_seconds", "compile_seconds", "problems"]
     return table(rows, extra=parts)
 
 
-def run_processes(
-    processes: int, state: str, args: argparse.Namespace, most: int, folder: Path
-) -> list[dict[str, Any]]:
+def run_processes(processes: int, args: argparse.Namespace, most: int, folder: Path) -> list[dict[str, Any]]:
     """What every process of one run printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "tetris.bench.tuning_scaling_bench", args.suite, str(args.budget or 0), str(most)]
     environment = os.environ | {
-        "TETRIS_CACHE_DIR": str(folder / f"store {processes} {state}"),
+        "TETRIS_CACHE_DIR": str(folder / f"store {processes}"),
         "TRITON_CACHE_DIR": str(folder / f"kernels {processes}"),
     }
     text = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False).stdout
     return [json.loads(line.removeprefix(RESULT)) for line in text.splitlines() if line.startswith(RESULT)]
 
 
-def summary(suite: str, processes: int, state: str, found: list[dict[str, Any]]) -> Row:
+def summary(suite: str, processes: int, found: list[dict[str, Any]]) -> Row:
     """The slowest process's seconds; what compiling took on all processors together."""
     name = f"{processes} process{'es' if processes > 1 else ''}"
     if len(found) < processes:
         return Row("tuning scaling", suite, name, status=f"{FAILED}: {len(found)} of {processes} processes ended well")
-    extra: dict[str, Any] = {"kernels": state, "processes": processes}
+    extra: dict[str, Any] = {"processes": processes}
     extra |= {
         key: max(one[key] for one in found) for key in ("seconds", "compile_wall_seconds", "measure_wall_seconds")
     }
