@@ -232,7 +232,7 @@ class Session:
         if not all(right.values()):
             raise RuntimeError(f"no right variant of {', '.join(side for side in sides if not right[side])}")
         best = {side: min(times) for side, times in right.items()}
-        return EndToEnd("compile" if self.dense.compiled else "eager", best["dense"], best["tetris"])
+        return EndToEnd("eager" if self.dense.compiled is None else "compile", best["dense"], best["tetris"])
 
     # -- rows ---------------------------------------------------------------------------------------------------------
     def columns(self) -> dict[str, object]:

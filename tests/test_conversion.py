@@ -101,6 +101,34 @@ def test_epilogues_swallow_norms_residuals_activations_and_pools():
     assert relative_error(unfused(x), pruned(x)) < tolerance(torch.float32)
 
 
+@pytest.mark.parametrize("permutations", ["shared", "separate"])
+def test_dense_shortcuts_give_their_bias_to_the_layer_that_adds_them(permutations):
+    model, x = make("resnet18")
+    options = {"method": "sort", "permutations": permutations, "example_inputs": x}
+    pruned = tetris.prune(model, {"layer*.conv*": 0.6}, block=(16, 8), **options)
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert fast.conversion.layers["layer2.0.conv2"].bias_of == "layer2.0.downsample.0"
+    assert fast.get_submodule("layer2.0.downsample.0").bias is None
+    report = tetris.verify(pruned, fast, example_inputs=x)
+    assert report.passed, str(report)
+
+
+def test_dense_linear_shortcuts_give_their_bias_too():
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.straight, self.layer = nn.Linear(32, 48), nn.Linear(32, 48, bias=False)
+
+        def forward(self, x):
+            return self.straight(x) + self.layer(x)
+
+    model, x = Shortcut().eval(), torch.randn(3, 32)
+    pruned = tetris.prune(model, {"layer": 0.5}, block=8, method="sort", example_inputs=x)
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert fast.conversion.layers["layer"].bias_of == "straight" and fast.straight.bias is None
+    assert tetris.verify(pruned, fast, x).passed
+
+
 def test_layers_can_stay_dense():
     pruned, x = pruned_model("lenet")
     fast = tetris.convert(pruned, example_inputs=x, dense=["conv*"])
