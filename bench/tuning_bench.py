@@ -106,7 +106,12 @@ def tune_suite(suite: str, cases: list[TuningCase], args: argparse.Namespace, bo
     workers = default_workers() if args.workers is None else args.workers
     compiled = search.compile(0 if args.stage == "measure" else workers)
     compiled_at = time.monotonic()
-    if args.stage != "compile":
+    if args.stage == "compile":
+        for item in search.wanted:
+            results = zip(search.tried[item.key], search.compiled[item.key])
+            failures = {config: done.reason for config, done in results if done.reason}
+            book.add([], failure_rows(by_name[item.name], Outcome(item, None, failures=failures)))
+    else:
         search.measure(TuningStore(), on_outcome)
     ended = time.monotonic()
     extra = {

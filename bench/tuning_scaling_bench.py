@@ -1,7 +1,7 @@
 """Tuning on several GPUs: seconds of one full search of a suite, with 1, 2, ... processes under torchrun.
 
-Every run starts with an empty store and an empty cache of compiled kernels. A process gets the same number of processors
-however many processes there are; compiling and measuring are timed apart.
+Every run starts with an empty store and an empty cache of compiled kernels. A process gets the same number of
+processors however many processes there are; compiling and measuring are timed apart.
 """
 
 from __future__ import annotations
