@@ -10,12 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS: dict[str, tuple[str, ...]] = {
     "permutation": ("permute_rows_kernel", "gather_rows_kernel", "permute_channels", "index_select", "indexSelect"),
+    "pointwise": ("triton_", "elementwise", "max_pool", "avg_pool", "reduce_kernel", "copy"),
     "stem": ("stem_conv2d",),
     "block-sparse": (
         "conv2d_kernel", "conv2d_descriptor", "conv2d_pointer", "block_sparse_linear", "linear_descriptor",
         "linear_pointer", "linear_decode", "linear_split",
     ),
-    "pointwise": ("triton_", "elementwise", "max_pool", "avg_pool", "reduce_kernel", "copy"),
     "library": ("mm", "nvjet", "cutlass", "cudnn", "xmma", "conv", "splitK", "linear"),
 }  # fmt: skip
 """Kinds of kernels by parts of their names, the first that fits; everything else is "other"."""

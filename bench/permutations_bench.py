@@ -29,6 +29,7 @@ from tetris.models import MLP, VGG16, TransformerBlock, resnet18, resnet50
 from tetris.specs import prunable_layers
 
 SHARED, SEPARATE, ORIGINAL = "shared", "separate", "original"
+VGG16_BLOCKS = {"features.*": (64, 32), "classifier.*": (64, 64)}
 VGG16_RATES = [round(1 - kept, 2) for kept in VGG16_KEPT.values()]
 
 
@@ -39,7 +40,7 @@ class Case:
     make: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
     sparsity: Any
-    block: tuple[int, int] = (64, 32)
+    block: Any = (64, 32)
     trained: bool = False
 
 
@@ -51,8 +52,8 @@ CASES: dict[str, Case] = {
     "ResNet-18": Case(resnet18, (32, 3, 224, 224), {"layer*": 0.73}),
     "ResNet-50, 3x3": Case(resnet50, (32, 3, 224, 224), {"layer*.*.conv2": 0.75}),
     "ResNet-50": Case(resnet50, (32, 3, 224, 224), {"layer*": 0.75}),
-    "VGG16": Case(VGG16, (32, 3, 224, 224), VGG16_RATES),
-    "VGG16-BN": Case(partial(VGG16, batch_norm=True), (32, 3, 224, 224), VGG16_RATES),
+    "VGG16": Case(VGG16, (32, 3, 224, 224), VGG16_RATES, VGG16_BLOCKS),
+    "VGG16-BN": Case(partial(VGG16, batch_norm=True), (32, 3, 224, 224), VGG16_RATES, VGG16_BLOCKS),
 }
 QUICK = ("VGG-like, trained",)
 

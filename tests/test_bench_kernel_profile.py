@@ -19,6 +19,7 @@ from tetris.bench.kernel_profile import KernelProfile, kind_of, profile_kernels
         ("block_sparse_linear_kernel", "block-sparse"),
         ("linear_decode_kernel", "block-sparse"),
         ("triton_poi_fused__unsafe_index_convolution_relu_0", "pointwise"),
+        ("triton_poi_fused__adaptive_avg_pool2d__unsafe_view_block_sparse_linear_clone_0", "pointwise"),
         ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc", "library"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT", "library"),
         ("Memset (Device)", "other"),
