@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from tetris.autotune.ceilings import Ceilings, measure_ceilings
-from tetris.bench.conv_cases import CASES, QUICK_CASES
-from tetris.bench.conv_chain import chain_rows
-from tetris.bench.conv_measure import compile_all, measure
+from tetris.bench.conv_cases import CASES, QUICK_CASES, vgg16_cases
+from tetris.bench.conv_chain import CHAIN_BATCH, CHAIN_BLOCK, chain_rows
+from tetris.bench.conv_measure import add_compile_argument, compile_all, measure
+from tetris.bench.conv_permuted import permuted_configs, permuted_rows
 from tetris.bench.report import table
 from tetris.bench.rows import Row, write_csv
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--candidates", type=int, default=4, help="configs tried a case")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-chain", action="store_true", help="leave out VGG16's convolutions as a chain")
+    add_compile_argument(parser)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -37,7 +39,12 @@ def run(args: argparse.Namespace) -> list[Row]:
         return [row]
     torch.backends.cudnn.benchmark = True
     cases = [case for case in (QUICK_CASES if args.quick else CASES) if args.match in case.name]
-    compile_all(cases, args.candidates)
+    everything = not (args.quick or args.match or args.no_chain)
+    if args.compile != "never":
+        chain = vgg16_cases(CHAIN_BATCH, CHAIN_BLOCK) if everything else ()
+        compile_all([*cases, *chain], args.candidates, permuted_configs() if everything else ())
+    if args.compile == "only":
+        raise SystemExit(0)
     ceilings: dict[str, Ceilings] = {}
     rows: list[Row] = []
     for case in cases:
@@ -47,8 +54,9 @@ def run(args: argparse.Namespace) -> list[Row]:
         print(f"{case.name}: {rows[-1].speedup:.2f} (floor {case.floor}, target {case.target})", flush=True)
         write_csv(args.out / "conv.csv", rows)  # a run that is cut short keeps what it measured
         torch.cuda.empty_cache()
-    if not (args.quick or args.match or args.no_chain):
-        rows += chain_rows(args.candidates, args.repeats, ceilings.get("float16") or conv_ceilings("float16"))
+    if everything:
+        rows += permuted_rows(args.repeats)
+        rows += chain_rows(args.candidates, args.repeats, ceilings["float16"])
     draw(rows, args.out)
     return rows
 

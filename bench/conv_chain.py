@@ -17,11 +17,12 @@ from tetris.autotune.ceilings import Ceilings
 from tetris.autotune.device import device_name, versions
 from tetris.autotune.timer import time_us
 from tetris.bench.conv_cases import Case, vgg16_cases
-from tetris.bench.conv_measure import Operands, candidates, compile_all, least_bytes
+from tetris.bench.conv_measure import Operands, candidates, least_bytes
 from tetris.bench.rows import Row
 from tetris.kernels.configs import Conv2dConfig
 from tetris.tolerances import relative_error
 
+CHAIN_BATCH, CHAIN_BLOCK = 128, (64, 32)
 CHAIN_ERROR = 5e-3
 """Thirteen layers of float16 roundings, each within 1e-3 of its float64 value."""
 
@@ -62,12 +63,11 @@ def best_configs(cases: tuple[Case, ...], layers: list[Operands], most: int) -> 
     return chosen
 
 
-def chain_rows(most: int, repeats: int, ceilings: Ceilings, batches: tuple[int, ...] = (128,)) -> list[Row]:
-    """Rows of the dense and the sparse chain, blocks 64 x 32, reordered layouts, the paper's pruning rates."""
+def chain_rows(most: int, repeats: int, ceilings: Ceilings, batches: tuple[int, ...] = (CHAIN_BATCH,)) -> list[Row]:
+    """Rows of the dense and the sparse chain, reordered layouts, the paper's pruning rates."""
     rows = []
     for batch in batches:
-        cases = vgg16_cases(batch, (64, 32))
-        compile_all(cases, most)
+        cases = vgg16_cases(batch, CHAIN_BLOCK)
         layers = [Operands.of(case, "cuda", seed) for seed, case in enumerate(cases)]
         x = layers[0].x
         sparse = sparse_chain(layers, best_configs(cases, layers, most))
@@ -82,7 +82,7 @@ def chain_rows(most: int, repeats: int, ceilings: Ceilings, batches: tuple[int, 
         parts = [(case.layer.flop(layer.layout.kept_fraction), least_bytes(case, layer.layout))
                  for case, layer in zip(cases, layers)]  # fmt: skip
         least = sum(ceilings.least_us(flop, size) for flop, size in parts)
-        goals = (2.4, 3.2) if batch == 128 else (math.nan, math.nan)
+        goals = (2.4, 3.2) if batch == CHAIN_BATCH else (math.nan, math.nan)
         for provider, t in times.items():
             ours = provider != "torch.compile"
             rows.append(Row(

@@ -16,7 +16,7 @@ import torch
 from tetris.bench.cases import VGG16_CONVS
 from tetris.bench.conv_bench import conv_ceilings
 from tetris.bench.conv_cases import FLAGSHIP, Case
-from tetris.bench.conv_measure import compile_all, measure
+from tetris.bench.conv_measure import add_compile_argument, compile_all, measure
 from tetris.bench.report import table
 from tetris.bench.rows import Row
 
@@ -46,7 +46,8 @@ def figure_7(batch: int = 128) -> list[Case]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--candidates", type=int, default=1, help="configs tried a case")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
+    add_compile_argument(parser)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -57,7 +58,10 @@ def run(args: argparse.Namespace) -> list[Row]:
     figures = {"figure 1a": figure_1a(), "figure 7": figure_7()}
     if args.quick:
         figures = {name: cases[:2] for name, cases in figures.items()}
-    compile_all([case for cases in figures.values() for case in cases], args.candidates)
+    if args.compile != "never":
+        compile_all([case for cases in figures.values() for case in cases], args.candidates)
+    if args.compile == "only":
+        raise SystemExit(0)
     ceilings = conv_ceilings("float16")
     rows: list[Row] = []
     for name, cases in figures.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import multiprocessing
 import os
@@ -104,20 +105,25 @@ class Operands:
         y = y.relu_() if self.case.fused else y
         return F.max_pool2d(y, 2) if self.case.pool else y
 
-    def bound(self, config: Conv2dConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    def bound(
+        self, config: Conv2dConfig, output_permutation: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Our layer with that config as a function of its (padded) input, its schedule made beforehand."""
         problem = case_problem(self.case, self.layout.n_blocks)
         geometry = {name: getattr(problem, name) for name in ("kernel_size", "stride", "padding", "dilation")}
         options = {"c_out": problem.c_out, "activation": "relu" if self.case.fused else "none", **geometry}
         options |= {"config": config, "allow_tf32": self.case.dtype == "float32"}
         lists = (self.layout.indptr, self.layout.indices)
-        schedule = conv2d_schedule(*lists, problem, config, device_info(self.x.device).sm_count, self.x.device)
-        options |= {"schedule": schedule, "max_pool": self.case.pool}
+        device = self.x.device
+        schedule = conv2d_schedule(*lists, problem, config, device_info(device).sm_count, device, self.values)
+        options |= {"schedule": schedule, "max_pool": self.case.pool, "output_permutation": output_permutation}
         return lambda x: block_sparse_conv2d(x, self.values, *lists, self.bias, **options)
 
-    def tetris(self, config: Conv2dConfig) -> Callable[[], torch.Tensor]:
+    def tetris(
+        self, config: Conv2dConfig, output_permutation: torch.Tensor | None = None
+    ) -> Callable[[], torch.Tensor]:
         """Our layer with that config on its input."""
-        run = self.bound(config)
+        run = self.bound(config, output_permutation)
         return lambda: run(self.x_padded)
 
 
@@ -148,15 +154,24 @@ def compile_one(job: tuple[Case, Conv2dConfig]) -> None:
     bias = torch.empty(problem.c_out, dtype=dtype) if case.fused else None
     x, y = image(problem.c_in, problem.height, problem.width), image(problem.c_out, height, width)
     arguments, constants = launch_arguments(
-        x, values, layout.indptr, layout.indices, bias, None, y, tile, schedule,
+        x, values, layout.indices, bias, None, y, tile, schedule,
         activation="relu" if case.fused else "none", max_pool=case.pool,
+        permutation=torch.arange(problem.c_out) if config.output_group else None, sectors=config.fetch == "sectors",
     )  # fmt: skip
     conv2d_kernel.warmup(*arguments, grid=(1,), **constants)
 
 
-def compile_all(cases: Sequence[Case], most: int) -> None:
-    """Compile the candidates of all cases in parallel, a process for every two processors at most."""
-    jobs = [(case, config) for case in cases for config in candidates(case, most)]
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether a bench compiles its kernels ahead."""
+    parser.add_argument(
+        "--compile", choices=("first", "only", "never"), default="first",
+        help="compile all kernels in parallel before measuring, or do nothing else, or trust the compiler's cache",
+    )  # fmt: skip
+
+
+def compile_all(cases: Sequence[Case], most: int, more: Sequence[tuple[Case, Conv2dConfig]] = ()) -> None:
+    """Compile the candidates of all cases in parallel, and ``more`` launches."""
+    jobs = [*((case, config) for case in cases for config in candidates(case, most)), *more]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(16, max(1, (os.cpu_count() or 2) - 1)), mp_context=context) as pool:
         list(pool.map(compile_one, jobs))

@@ -136,7 +136,8 @@ class Conv2dConfig(KernelConfig):
     """How a block-sparse convolution runs.
 
     Attributes:
-        kernel: "portable" (Triton) or "hopper" (Gluon, compute capability 9.0).
+        kernel: "portable" (Triton), "hopper" (Gluon, compute capability 9.0) or "hopper_linear" (the Hopper kernel of
+            linear layers, for 1x1 convolutions of stride 1).
         tile_n, tile_h, tile_w: images x rows x columns of output pixels a program computes; powers of two. The
             pointer path flattens them: it computes tile_n * tile_h * tile_w consecutive pixels.
         tile_out: output channels a program computes; 0 = the whole block row.
@@ -154,6 +155,10 @@ class Conv2dConfig(KernelConfig):
         w_taps: "hopper" only: kernel taps whose weights are loaded together; 0 = chosen by the kernel.
         input_order: "hopper" only: order of the input tile in shared memory, "images" or "copies".
         schedule: "hopper" only: "balanced" (offline, longest block rows first) or "static".
+        fetch: "hopper" only: what L2 takes of the input from memory, whole "lines" of 128 bytes or the "sectors" that are
+            asked for: faster where few channels of a line are kept, but some microseconds at the start.
+        output_group: "hopper" only: an output permutation moves whole groups of so many channels, a multiple of 16
+            bytes of them, as :func:`tetris.permutation.group_size` finds; 0 = it takes none.
     """
 
     kernel: str = "portable"
@@ -174,6 +179,8 @@ class Conv2dConfig(KernelConfig):
     w_taps: int = 0
     input_order: str = "images"
     schedule: str = "balanced"
+    fetch: str = "lines"
+    output_group: int = 0
 
     @property
     def tile_pixels(self) -> int:
@@ -182,7 +189,10 @@ class Conv2dConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class LinearConfig(KernelConfig):
-    """How a block-sparse linear layer runs; fields as in :class:`Conv2dConfig`, ``tile_tokens`` rows of x a program."""
+    """How a block-sparse linear layer runs; fields as in :class:`Conv2dConfig`, ``tile_tokens`` rows of x a program.
+
+    ``kernel``: "portable", "hopper", "split" (block rows cut along the inputs) or "decode" (at most 16 tokens).
+    """
 
     kernel: str = "portable"
     tile_tokens: int = 128

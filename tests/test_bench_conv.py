@@ -12,7 +12,7 @@ import torch
 
 from tests.support.fake_gpu import H200, KernelRecorder, clock, conv2d_twin, module_with
 from tetris.autotune.ceilings import Ceilings
-from tetris.bench import conv_bench, conv_chain, conv_figures_bench, conv_measure
+from tetris.bench import conv_bench, conv_chain, conv_figures_bench, conv_measure, conv_permuted
 from tetris.bench.cases import ConvCase
 from tetris.bench.conv_cases import CASES, QUICK_CASES, Case, vgg16_cases
 from tetris.bench.conv_measure import BASELINE, Operands, candidates, case_layout, case_problem, least_bytes
@@ -36,12 +36,13 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_measure, "device_info", lambda device: H200)
     monkeypatch.setattr(conv_measure, "block_sparse_conv2d", conv2d_twin)
     monkeypatch.setattr(conv_bench, "measure_ceilings", lambda device, dtype: CEILINGS)
-    for module in (conv_bench, conv_chain, conv_figures_bench):
-        monkeypatch.setattr(module, "compile_all", lambda cases, most: None)
+    for module in (conv_bench, conv_figures_bench):
+        monkeypatch.setattr(module, "compile_all", lambda cases, most, more=(): None)
 
 
 def options(tmp_path, **changes) -> argparse.Namespace:
     defaults = {"device": "cuda", "quick": True, "match": "", "candidates": 2, "repeats": 1, "no_chain": False}
+    defaults |= {"compile": "first"}
     return argparse.Namespace(**defaults | {"out": tmp_path} | changes)
 
 
@@ -151,6 +152,16 @@ def test_the_chain_is_the_dense_network_on_kept_blocks(fake_gpu, monkeypatch: py
     assert chosen == [each[min(1, len(each) - 1)] for each in found]  # "1" is the faster one
 
 
+def test_permuted_stores_are_compared_with_the_permute_kernel(fake_gpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conv_permuted, "CASE", QUICK_CASES[0])
+    monkeypatch.setattr(conv_permuted, "time_us", clock(TIMES | {"tetris, then the permute kernel": 75.0}))
+    monkeypatch.setattr(conv_permuted, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(conv_permuted, "permute_channels", lambda x, order, dim: x.index_select(dim, order))
+    rows = conv_permuted.permuted_rows(1)
+    assert [row.status for row in rows] == ["ok"] * 4 and [row.speedup for row in rows] == [1.5, 1.0, 1.5, 1.5]
+    assert [config.output_group for _, config in conv_permuted.permuted_configs()] == [8, 16]
+
+
 def test_figures_cover_blocks_and_sparsities():
     cases = conv_figures_bench.figure_1a()
     assert len(cases) == len(conv_figures_bench.BLOCKS) * len(conv_figures_bench.SPARSITIES)
@@ -215,7 +226,7 @@ def test_a_launch_covers_all_tiles_and_refuses_what_it_cannot(monkeypatch: pytes
     geometry = {"c_out": 128, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
     with pytest.raises(UnsupportedError, match="channels_last"):
         hopper_conv2d.block_sparse_conv2d(operands.x.contiguous(), *lists, **geometry, config=config)
-    with pytest.raises(UnsupportedError, match="permutes no channels"):
+    with pytest.raises(UnsupportedError, match="in groups only"):
         order = torch.arange(64)
         hopper_conv2d.block_sparse_conv2d(operands.x, *lists, **geometry, config=config, input_permutation=order)
     other = hopper_conv2d.conv2d_schedule(

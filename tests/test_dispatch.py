@@ -47,6 +47,34 @@ def test_a_hopper_convolution_gets_its_schedule(h200):
     assert int(schedule.program_ptr[-1]) == len(schedule.order) > 0
 
 
+def test_a_hopper_convolution_permutes_whole_groups_of_outputs(h200):
+    layout = lists((256, 256))
+    assert not conv2d_launch(CONV, *layout).permutes_output
+    for group, permutes in ((64, True), (8, True), (4, False), (1, False)):  # eight float16 are 16 bytes
+        launch = conv2d_launch(CONV, *layout, output_group=group)
+        assert launch.permutes_output == permutes
+        assert Conv2dConfig.from_key(launch.config).output_group == (group if permutes else 0)
+    portable = Conv2dConfig().to_key()
+    assert not conv2d_launch(CONV, *layout, output_group=64, key=portable).permutes_output
+
+
+def test_a_schedule_with_a_copy_of_the_values_is_made_again_when_they_change(h200):
+    layout = random_layout((128, 128), (64, 64), 0.5).without_empty_rows()
+    steps = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4, tile_k=32)
+    layer = BlockSparseConv2d(
+        128, 128, (3, 3), (64, 64), layout.n_blocks, (1, 1), (1, 1), (1, 1),
+        values=torch.randn(layout.n_blocks, 9, 64, 64, dtype=torch.float16), layout=layout, config=steps.to_key(),
+    )  # fmt: skip
+    x = torch.zeros(32, 128, 28, 28, dtype=torch.float16)
+    first = layer.launch(x)
+    assert len(first.schedule) == 3 and layer.launch(x) is first
+    with torch.no_grad():
+        layer.values.mul_(2)
+    assert torch.equal(layer.launch(x).schedule[-1], 2 * first.schedule[-1])
+    layer.values.requires_grad_()
+    assert len(layer.launch(x).schedule) == 2  # in training every launch reads the values themselves
+
+
 def test_a_given_key_is_taken_as_it_is(h200):
     key = Conv2dConfig(tile_h=8, tile_w=8).to_key()
     assert conv2d_launch(CONV, *lists((256, 256)), key=key) == Launch(key, [])
@@ -181,6 +209,18 @@ def test_permutations_run_as_steps_of_their_own_on_a_gpu(h200):
     plain = sparse_linear(activation="relu")
     plain._call = call  # type: ignore[method-assign]
     assert plain._run(x.as_subclass(Elsewhere), None, -1).shape == (5, 64) and len(called) == 2
+
+
+def test_a_permutation_of_groups_is_left_to_the_kernel_that_stores_it(h200):
+    order = torch.arange(64).view(4, 16)[[2, 0, 3, 1]].reshape(-1)
+    layer = sparse_linear(output_permutation=order)
+    layer._make_launch = lambda x: Launch("{}", [], permutes_output=True)  # type: ignore[method-assign]
+    called = []
+    layer._call = lambda x, residual, permutations, launch: called.append(permutations) or x[:, :64]  # type: ignore
+    x = torch.randn(5, 96).as_subclass(Elsewhere)
+    layer._run(x, None, -1)
+    layer._run(x, torch.randn(5, 64).as_subclass(Elsewhere), -1)
+    assert [p_out is None for _, p_out in called] == [False, True]  # with a residual, steps of their own
 
 
 @pytest.mark.usefixtures("triton_kernels")

@@ -12,6 +12,15 @@ from tetris.packing import pack, unpack
 from tetris.pruning import expand_block_mask
 
 
+def test_group_size_finds_whole_groups():
+    groups = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    channels = (groups[:, None] * 16 + torch.arange(16)).reshape(-1)
+    assert perm.group_size(channels) == 16
+    assert perm.group_size(torch.arange(48)) == 16 and perm.group_size(torch.arange(7)) == 1
+    assert perm.group_size(channels.roll(8)) == 8  # they begin at odd multiples of 8
+    assert perm.group_size(torch.arange(64).flip(0)) == 1
+
+
 def test_inverse_undoes_and_compose_chains():
     p, q = torch.randperm(17), torch.randperm(17)
     x = torch.randn(17)

@@ -93,6 +93,7 @@ class BlockSparseLayer(FusedLayer):
         self._prepared: Any = None
         self._prepared_from: tuple | None = None
         self._launches: dict[tuple, Launch] = {}
+        self._launches_from: tuple | None = None
 
     @property
     def layout(self) -> BlockLayout:
@@ -163,7 +164,10 @@ class BlockSparseLayer(FusedLayer):
         raise NotImplementedError
 
     def _run(self, x: Tensor, residual: Tensor | None, dim: int) -> Tensor:
-        """The registered operation; on a GPU between explicit permutations: scattered 2-byte accesses cost more."""
+        """The registered operation; on a GPU between explicit permutations: scattered 2-byte accesses cost more.
+
+        A permutation of whole groups of outputs happens in the kernel's store where the launch says so.
+        """
         if x.device.type == "cpu":
             return self._call(x, residual, (self.input_permutation, self.output_permutation), Launch())
         if self.input_permutation is not None:
@@ -171,6 +175,8 @@ class BlockSparseLayer(FusedLayer):
         launch = self.launch(x)
         if self.output_permutation is None:
             return self._call(x, residual, (None, None), launch)
+        if launch.permutes_output and residual is None:
+            return self._call(x, None, (None, self.output_permutation), launch)
         if residual is not None:
             residual = ops.permute_channels(residual, self.output_permutation, dim)
         assert self._output_gather is not None
@@ -179,8 +185,15 @@ class BlockSparseLayer(FusedLayer):
     def launch(self, x: Tensor) -> Launch:
         """Config and schedule for inputs like ``x``, made at the first such input and kept; nothing is tuned here.
 
-        A compiled model that meets a new shape runs the portable kernel: call the layer once before compiling.
+        It may hold a copy of the values, unless they are being trained: it is made again when they change. A compiled
+        model does not look, and when it meets a new shape it runs the portable kernel: call the layer once before
+        compiling.
         """
+        if not torch.compiler.is_compiling():
+            state = None if self.values.requires_grad else self._values_state()
+            if self._launches_from != state:
+                self._launches.clear()
+                self._launches_from = state
         key = (x.shape, x.dtype, x.device, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
         found = self._launches.get(key)
         if found is None:

@@ -5,7 +5,7 @@ Everything here depends on shapes and on the layout only, so a layer computes it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,20 +17,25 @@ from tetris.kernels.configs import (
     LinearProblem,
     default_linear_config,
 )
-from tetris.kernels.conv2d_paths import choose_conv2d_config
+from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.device import device_info
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
-from tetris.kernels.hopper.linear import supports as hopper_linear_supports
-from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, hardly_shares
+from tetris.kernels.hopper.linear_schedule import LinearSchedule
+from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
+from tetris.kernels.linear_paths import choose_linear_config, hardly_shares, linear_refuses, linear_schedule
 from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What an operation needs beyond its tensors: a config key ("" = the portable default) and schedule tensors."""
+    """What an operation needs beyond its tensors: a config key ("" = the portable default) and schedule tensors.
+
+    ``permutes_output``: the kernel stores permuted channels at no cost; otherwise a pass of its own is faster.
+    """
 
     config: str = ""
     schedule: list[Tensor] = field(default_factory=list)
+    permutes_output: bool = False
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -46,45 +51,46 @@ def conv2d_launch(
     key: str = "",
     max_pool: bool = False,
     allow_tf32: bool = False,
+    values: Tensor | None = None,
+    output_group: int = 0,
 ) -> Launch:
-    """The launch of a convolution on indptr's device.
+    """The launch of a convolution on indptr's device; it may keep a copy of the packed ``values``.
+
+    ``output_group``: the outputs are permuted in groups of so many channels; 0 = they are not, or one by one.
 
     The config is that of ``key``, or the package's tuned choice for this or a similar problem. Where there is none, or
     its kernel does not take the problem, for example another batch size than it was tuned for, it is the analytic one.
     """
     device = device_info(indptr.device)
     config = Conv2dConfig.from_key(key) if key else shipped_conv2d_choice(problem, device, max_pool)
-    if config is None or (
-        config.kernel == "hopper"
-        and hopper_conv2d_supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is not None
-    ):
-        config = choose_conv2d_config(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
+    options = dict(max_pool=max_pool, allow_tf32=allow_tf32)
+    if config is None or conv2d_refuses(problem, device, config, **options) is not None:
+        config = choose_conv2d_config(problem, device, **options)
+    if config.kernel == "hopper_linear":
+        return Launch(config.to_key(), pointwise_schedule(problem, config, indptr, indices, device.sm_count).tensors)
     if config.kernel != "hopper":
         return Launch(config.to_key())
     from tetris.kernels.hopper.conv2d import conv2d_schedule
 
-    schedule = conv2d_schedule(indptr, indices, problem, config, device.sm_count, indptr.device)
-    return Launch(config.to_key(), schedule.tensors)
+    grouped = replace(config, output_group=output_group)
+    permutes = (
+        output_group > 0
+        and hopper_conv2d_supports(problem, device, grouped, max_pool=max_pool, allow_tf32=allow_tf32) is None
+    )
+    config = grouped if permutes else config
+    schedule = conv2d_schedule(indptr, indices, problem, config, device.sm_count, indptr.device, values)
+    return Launch(config.to_key(), schedule.tensors, permutes)
 
 
 def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:
     """The launch of a linear layer on indptr's device; the config of ``key`` as in :func:`conv2d_launch`."""
     device = device_info(indptr.device)
     config = LinearConfig.from_key(key) if key else shipped_linear_choice(problem, device)
-    if (
-        config is None
-        or (config.kernel == "hopper" and hopper_linear_supports(problem, device, config) is not None)
-        or (config.kernel == "decode" and problem.tokens > DECODE_TOKENS)
-    ):
+    if config is None or linear_refuses(problem, device, config) is not None:
         config = choose_linear_config(problem, device)
-    if config.kernel != "hopper":
+    schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
+    if schedule is None:
         return Launch(config.to_key())
-    from tetris.kernels.hopper.linear_schedule import make_linear_schedule
-
-    schedule = make_linear_schedule(
-        indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
-        n_programs=device.sm_count,
-    )  # fmt: skip
-    if not key and hardly_shares(schedule):
+    if not key and isinstance(schedule, LinearSchedule) and hardly_shares(schedule):
         return Launch(default_linear_config(problem, device).to_key())
     return Launch(config.to_key(), schedule.tensors)

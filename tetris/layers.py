@@ -21,7 +21,7 @@ from tetris.kernels.cpu import conv2d as cpu_conv2d
 from tetris.kernels.cpu import linear as cpu_linear
 from tetris.layout import BlockLayout
 from tetris.packing import pack
-from tetris.permutation import apply
+from tetris.permutation import apply, group_size
 from tetris.quantization import quantize, stored_dtype
 from tetris.reordering import Reordering
 
@@ -244,8 +244,10 @@ class BlockSparseConv2d(BlockSparseLayer):
         )  # fmt: skip
         tf32 = torch.backends.cudnn.allow_tf32
         return conv2d_launch(
-            problem, self.indptr, self.indices, key=self.config, max_pool=self.max_pool, allow_tf32=tf32
-        )
+            problem, self.indptr, self.indices, key=self.config, max_pool=self.max_pool, allow_tf32=tf32,
+            values=None if self.values.requires_grad else self.blocks,
+            output_group=0 if self.output_permutation is None else group_size(self.output_permutation),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"

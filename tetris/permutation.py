@@ -54,3 +54,17 @@ def expand(permutation: torch.Tensor, repeats: int) -> torch.Tensor:
     """The permutation of ``repeats`` consecutive features a channel, as flattening after a convolution makes them."""
     offsets = identity(repeats, permutation.device)
     return (permutation[:, None] * repeats + offsets).reshape(-1)
+
+
+def group_size(permutation: torch.Tensor) -> int:
+    """The largest power of two g such that it moves whole groups of g channels that lie next to each other; 1 = none.
+
+    A group begins at a multiple of g before and after. At most 64; cost O(size log size) on the CPU.
+    """
+    permutation = permutation.cpu()
+    for size in (64, 32, 16, 8, 4, 2):
+        if len(permutation) % size == 0:
+            groups = permutation.view(-1, size)
+            if bool((groups[:, :1] % size == 0).all() and (groups - groups[:, :1] == identity(size)).all()):
+                return size
+    return 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +13,11 @@ import torch
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
 from tetris.kernels.device import device_info
-from tetris.kernels.hopper.geometry import WGMMA_ROWS, ConvTile
+from tetris.kernels.hopper.geometry import WEIGHT_ROW_BYTES, WGMMA_ROWS, ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.kernels.hopper.pairing import pair_block_rows
 from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
+from tetris.kernels.hopper.weights import arranged_weights
 from tetris.layout import ceil_div
 
 __all__ = ["block_sparse_conv2d", "conv2d_schedule", "descriptors", "supports"]
@@ -33,6 +37,7 @@ def conv2d_schedule(
     config: Conv2dConfig,
     sm_count: int,
     device: torch.device | str,
+    values: torch.Tensor | None = None,
 ) -> Schedule:
     """The schedule of a convolution; depends on its layout, output size and config only, so compute it once.
 
@@ -41,6 +46,8 @@ def conv2d_schedule(
         problem, config: as the launch will have them.
         sm_count: programs to keep busy.
         device: where the schedule's tensors go.
+        values: the packed blocks. Where a block takes several steps, the schedule keeps a copy of them in the order of
+            the steps: make it again when they change. None leaves that copy to every launch.
     """
     tile = complete_tile(problem, config)
     pairs = pair_block_rows(indptr, indices) if tile.parts > 1 else None
@@ -51,7 +58,9 @@ def conv2d_schedule(
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
     even = config.schedule == "balanced"
     made = make_schedule(costs, n * h * w, sm_count) if even else round_robin(len(costs), n * h * w, sm_count)
-    return replace(made, pairs=pairs).to(device)
+    weights = None if values is None or tile.k_steps == 1 else arranged_weights(values, tile.tile_k)
+    lists = (indptr, indices) if pairs is None else (pairs.indptr, pairs.indices)
+    return replace(made, work=made.records(*lists, tile.halves), pairs=pairs, weights=weights).to(device)
 
 
 def block_sparse_conv2d(
@@ -86,7 +95,9 @@ def block_sparse_conv2d(
         kernel_size, stride, padding, dilation: as in ``torch.nn.functional.conv2d``, (height, width).
         activation: "none", "relu", "relu6", "silu" or "gelu".
         residual: like the output before pooling; channels_last.
-        input_permutation, output_permutation: not supported here; see :func:`supports`.
+        input_permutation: not supported here: fold it into the neighbouring layer.
+        output_permutation: int64 [C_OUT]; computed channel j is stored as channel output_permutation[j]. Only where
+            ``config.output_group`` says that it moves whole groups of channels: of a group just the first is looked at.
         allow_tf32: float32 runs through tf32 only.
         max_pool: 2 x 2 max-pooling with stride 2 of the result.
         config: tile and ring sizes; zeros are filled in.
@@ -102,8 +113,10 @@ def block_sparse_conv2d(
 
     problem = _problem(x, values, c_out, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
     reason = supports(problem, device_info(x.device), config, max_pool=max_pool, allow_tf32=allow_tf32)
-    if input_permutation is not None or output_permutation is not None:
-        reason = "it permutes no channels: fold the permutation into the neighbouring layers"
+    if input_permutation is not None or (output_permutation is not None and not config.output_group):
+        reason = "it permutes output channels in groups only, and where the config says so: fold the permutation"
+    if output_permutation is not None and residual is not None:
+        reason = "it adds no residual to permuted channels"
     if not x.is_contiguous(memory_format=torch.channels_last):
         reason = f"x must be in channels_last memory; got strides {x.stride()}"
     if reason:
@@ -124,16 +137,28 @@ def block_sparse_conv2d(
     y = torch.empty(problem.batch, height // scale, width // scale, c_out, dtype=x.dtype, device=x.device)
     y = y.permute(0, 3, 1, 2)
     arguments, constants = launch_arguments(
-        x, values, indptr, indices, bias, residual, y, tile, schedule, activation=activation, max_pool=max_pool
-    )
-    conv2d_kernel[(schedule.programs,)](*arguments, **constants)
+        x, values, indices, bias, residual, y, tile, schedule,
+        activation=activation, max_pool=max_pool, permutation=output_permutation, sectors=config.fetch == "sectors",
+    )  # fmt: skip
+    launch = partial(conv2d_kernel[(schedule.programs,)], *arguments, **constants)
+    if config.fetch == "sectors":  # its programs write descriptors to memory that the launcher asks us for
+        copy_context().run(_with_scratch, launch, x.device)
+    else:
+        launch()
     return y
+
+
+def _with_scratch(launch: Callable[[], object], device: torch.device) -> None:
+    """Launch with an allocator of scratch memory; to be run in a context of its own, where the setting ends."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    launch()
 
 
 def launch_arguments(
     x: torch.Tensor,
     values: torch.Tensor,
-    indptr: torch.Tensor,
     indices: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -143,37 +168,48 @@ def launch_arguments(
     *,
     activation: str,
     max_pool: bool,
+    permutation: torch.Tensor | None = None,
+    sectors: bool = False,
+    vectors: bool = False,
     turns: bool = True,
     producer_warps: int = 1,
 ) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
 
-    ``turns`` (whether :attr:`ConvTile.turns` counts) and ``producer_warps`` are there for ablations.
+    ``sectors``: see ``Conv2dConfig.fetch``. ``vectors`` (store by threads what is not permuted, too), ``turns`` (whether
+    :attr:`ConvTile.turns` counts) and ``producer_warps`` are there for ablations.
     """
     scale = 2 if max_pool else 1
     _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)
-    rows = ceil_div(len(indptr) - 1, tile.parts) * tile.halves
+    rows = ceil_div(ceil_div(y.shape[1], tile.block_out), tile.parts) * tile.halves
+    weights = arranged_weights(values, tile.tile_k) if schedule.weights is None else schedule.weights
     pairs = schedule.pairs
-    lists = [indptr, indices, None, None] if pairs is None else [pairs.indptr, pairs.indices, pairs.blocks, pairs.rows]
-    tensors = [bias, *lists, schedule.program_ptr, schedule.order]
+    lists = [indices, None, None] if pairs is None else [pairs.indices, pairs.blocks, pairs.rows]
+    permutes = permutation is not None
+    loads = [x.permute(0, 2, 3, 1) if sectors else None]
+    stores = [y.permute(0, 2, 3, 1) if permutes or vectors else None, permutation]
+    tensors = [*loads, *stores, bias, *lists, schedule.program_ptr, schedule.work]
     flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     options = {
+        "PERMUTES": permutes,
+        "VECTORS": permutes or vectors,
         "POOL": max_pool,
         "TURNS": turns and tile.turns,
         "PRODUCER_WARPS": producer_warps,
+        "SECTORS": sectors,
         "T": tile,
         "num_warps": 4,
     }
-    return [*descriptors(x, values, y, residual, tile, max_pool), *tensors, rows, h, w, y.shape[1]], flags | options
+    return [*descriptors(x, weights, y, residual, tile, max_pool), *tensors, rows, h, w, y.shape[1]], flags | options
 
 
 def descriptors(
-    x: torch.Tensor, values: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None, tile: ConvTile, pool: bool
+    x: torch.Tensor, weights: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None, tile: ConvTile, pool: bool
 ) -> list[Any]:
     """Tensor descriptors (input, halo, odd columns, their halo, weights, output, residual) in the kernel's order.
 
-    Activations appear as [H, W, N, C], so that boxes come out in the order of the shared-memory tile. What a launch
-    does not need is None.
+    Activations appear as [H, W, N, C], so that boxes come out in the order of the shared-memory tile; weights, see
+    :func:`arranged_weights`, as rows of 128 bytes. What a launch does not need is None.
     """
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -191,10 +227,10 @@ def descriptors(
             return None
         return image(x, [1, width, tile.tile_n, tile.tile_k], k_bytes, parity, tile.stride[1])
 
-    weights = values.view(-1, tile.block_in)
-    w_box = [min(WGMMA_ROWS, tile.block_out), tile.tile_k]
-    w_layout = NVMMASharedLayout(k_bytes, bits, rank=2)
-    w_desc = TensorDescriptor(weights, list(weights.shape), [tile.block_in, 1], w_box, w_layout)
+    weights = weights.view(-1, tile.weight_row_elements)
+    w_box = [tile.weight_rows, tile.weight_row_elements]
+    w_layout = NVMMASharedLayout(WEIGHT_ROW_BYTES, bits, rank=2)
+    w_desc = TensorDescriptor(weights, list(weights.shape), [tile.weight_row_elements, 1], w_box, w_layout)
     rows, columns, width = tile.rows_per_accumulator, tile.tile_w, WGMMA_ROWS // tile.parts
     pooled = [max(1, rows // 2), columns // 2] if pool else [rows, columns]
     y_desc = image(y, [*pooled, tile.tile_n, width], tile.y_swizzle_bytes)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tetris.kernels.hopper.epilogue_device import activate, pool_columns, pool_rows
+from tetris.kernels.hopper.store_device import store_vectors
 
 
 @gluon.jit
@@ -33,6 +34,13 @@ def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
     y0 = (spatial % tiles_y) * T.tile_h
     n0 = (spatial // tiles_y) * T.tile_n
     return row, y0, x0, n0
+
+
+@gluon.jit
+def work_at(work, position):
+    """(tile, first entry, one past its last, input block of the first) of a position in the schedule's list."""
+    record = work + position * 4
+    return gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3)
 
 
 @gluon.jit
@@ -74,22 +82,29 @@ def load_input_row(x_descs, x_buffer, barrier, stage, row: gl.constexpr, y0, x0,
 
 @gluon.jit
 def producer(
-    x_descs, w_desc, indptr, indices, blocks, program_ptr, order, rows, tiles_y, tiles_x,
+    x_descs, w_desc, indices, blocks, program_ptr, work, rows, tiles_y, tiles_x,
     x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T: gl.constexpr,
 ):  # fmt: skip
-    """The loading warps: input tiles and weights of every tile of this program, as far ahead as the rings allow."""
+    """The loading warps: input tiles and weights of every tile of this program, as far ahead as the rings allow.
+
+    What the next tile and the next block need to know is loaded one of them ahead: nothing waits for global memory.
+    """
     W_GROUPS: gl.constexpr = T.taps // T.w_taps
     W_TAPS: gl.constexpr = T.w_taps
     PARTS: gl.constexpr = T.parts
     xi = 0
     wi = 0
     program = gl.program_id(0)
-    for position in range(gl.load(program_ptr + program), gl.load(program_ptr + program + 1)):
-        row, y0, x0, n0 = tile_origin(gl.load(order + position), rows, tiles_y, tiles_x, T)
-        block_row = row // T.halves
+    position = gl.load(program_ptr + program)
+    last = gl.load(program_ptr + program + 1) - 1
+    tile, begin, end, column = work_at(work, position)
+    while position <= last:
+        row, y0, x0, n0 = tile_origin(tile, rows, tiles_y, tiles_x, T)
         half = row % T.halves
-        for entry in range(gl.load(indptr + block_row), gl.load(indptr + block_row + 1)):
-            column = gl.load(indices + entry)
+        position += 1
+        tile, next_begin, next_end, first_column = work_at(work, gl.minimum(position, last))
+        for entry in range(begin, end):
+            next_column = gl.load(indices + gl.minimum(entry + 1, end - 1))
             for step in range(T.k_steps):
                 channel = column * T.block_in + step * T.tile_k
                 load_input_tile(x_descs, x_buffer, x_full, x_empty, xi, y0, x0, n0, channel, T)
@@ -102,19 +117,22 @@ def producer(
                         block = entry
                         if PARTS > 1:  # one past the last block where this row has none: TMA reads zeros there
                             block = gl.load(blocks + entry * PARTS + part)
+                        w_row = ((block * T.k_steps + step) * T.taps + group * W_TAPS) * T.halves + half
                         for tap in gl.static_range(W_TAPS):
-                            w_row = (block * T.taps + group * W_TAPS + tap) * T.block_out + half * 64
                             target = w_buffer.index((w_stage * W_TAPS + tap) * PARTS + part)
-                            tma.async_copy_global_to_shared(
-                                w_desc, [w_row, step * T.tile_k], w_full.index(w_stage), target
-                            )
+                            place = [(w_row + tap * T.halves) * T.weight_rows, 0]
+                            tma.async_copy_global_to_shared(w_desc, place, w_full.index(w_stage), target)
                     wi += 1
+            column = next_column
+        begin = next_begin
+        end = next_end
+        column = first_column
 
 
 @gluon.jit
 def load_weights(w_buffer, index, LEFT: gl.constexpr, T: gl.constexpr):
     """[64, TILE_K] weights of one tap, to registers."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, T.item_size * 8, rank=2)
+    LAYOUT: gl.constexpr = gl.SharedLinearLayout(T.weight_bases, alignment=1024)
     return w_buffer.index(index * T.parts)._reinterpret(w_buffer.dtype, [64, T.tile_k], LAYOUT).load(LEFT)
 
 
@@ -209,10 +227,10 @@ def first_channel(row, part, row_of_part, T: gl.constexpr):
 
 @gluon.jit
 def consumer(
-    y_desc, r_desc, bias, indptr, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
+    y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y, tiles_x, c_out,
     x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
     WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    POOL: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
+    PERMUTES: gl.constexpr, VECTORS: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: accumulates its rows of every tile, then bias, residual, activation, pool and store."""
     DTYPE: gl.constexpr = y_desc.dtype
@@ -236,26 +254,33 @@ def consumer(
     yi = 0
     ri = 0
     program = gl.program_id(0)
-    for position in range(gl.load(program_ptr + program), gl.load(program_ptr + program + 1)):
-        row, y0, x0, n0 = tile_origin(gl.load(order + position), rows, tiles_y, tiles_x, T)
-        block_row = row // T.halves
-        accs = ()
-        for _r in gl.static_range(R):
-            accs = accs + (gl.zeros((64, N), gl.float32, ACC),)
-        for _step in range(gl.load(indptr + block_row) * T.k_steps, gl.load(indptr + block_row + 1) * T.k_steps):
-            accs, wi = multiply_step(
-                accs, x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
-            )
-            xi += 1
-
+    position = gl.load(program_ptr + program)
+    last = gl.load(program_ptr + program + 1) - 1
+    tile, begin, end, _column = work_at(work, position)
+    while position <= last:
+        row, y0, x0, n0 = tile_origin(tile, rows, tiles_y, tiles_x, T)
+        position += 1
+        tile, next_begin, next_end, _column = work_at(work, gl.minimum(position, last))
         if HAS_BIAS:
             lanes = gl.arange(0, 64, gl.SliceLayout(1, ACC))
             channels = row * 64 + lanes
             if PARTS > 1:
                 channels = gl.load(row_of_part + row * PARTS + lanes // WIDTH) * WIDTH + lanes % WIDTH
             shift = gl.load(bias + channels, mask=channels < c_out, other=0.0).to(gl.float32)
+        accs = ()
+        for _r in gl.static_range(R):
+            accs = accs + (gl.zeros((64, N), gl.float32, ACC),)
+        for _step in range(begin * T.k_steps, end * T.k_steps):
+            accs, wi = multiply_step(
+                accs, x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
+            )
+            xi += 1
+        begin = next_begin
+        end = next_end
+
         for r in gl.static_range(OUT_R):
-            tma.store_wait((T.y_stages - 1) * PARTS)
+            if not VECTORS:
+                tma.store_wait((T.y_stages - 1) * PARTS)
             out = y_buffer.index(WARPGROUP * T.y_stages + yi % T.y_stages)
             yi += 1
             y = y0 + ROW0 + r * ROWS * PAIRS
@@ -284,28 +309,50 @@ def consumer(
                 kept = pool_columns(kept, OUT_BOX[0] * T.tile_w, T.tile_n)
                 out = out._reinterpret(DTYPE, [OUT_PIXELS, 64], out.layout)
             out.permute((1, 0)).store(kept.to(DTYPE))
-            fence_async_shared()
+            if not VECTORS:
+                fence_async_shared()
             for part in gl.static_range(PARTS):
                 source = out._reinterpret(DTYPE, [PARTS, OUT_PIXELS, WIDTH], out.layout).index(part)
-                place = [y // SHRINK, x0 // SHRINK, n0, first_channel(row, part, row_of_part, T)]
-                tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
+                channel = first_channel(row, part, row_of_part, T)
+                if VECTORS:
+                    store_vectors(
+                        source, y_ptr, y_desc, permutation, y // SHRINK, x0 // SHRINK, n0, channel, c_out,
+                        PERMUTES, OUT_BOX,
+                    )  # fmt: skip
+                else:
+                    place = [y // SHRINK, x0 // SHRINK, n0, channel]
+                    tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
     tma.store_wait(0)
+
+
+@gluon.jit
+def without_promotion(desc, first):
+    """The same descriptor made by the program: L2 then fetches the sectors that a box touches, not whole lines."""
+    return tma.make_tensor_descriptor(
+        first,
+        [desc.shape[0], desc.shape[1], desc.shape[2], desc.shape[3]],
+        [desc.strides[0], desc.strides[1], desc.strides[2], 1],
+        desc.block_shape,
+        desc.layout,
+    )
 
 
 @gluon.jit(do_not_specialize=["rows", "tiles_y", "tiles_x", "c_out"])
 def conv2d_kernel(
-    x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, bias,
-    indptr, indices, blocks, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
-    ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, POOL: gl.constexpr,
-    TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, T: gl.constexpr,
+    x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, x_ptr, y_ptr, permutation, bias,
+    indices, blocks, row_of_part, program_ptr, work, rows, tiles_y, tiles_x, c_out,
+    ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PERMUTES: gl.constexpr,
+    VECTORS: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, SECTORS: gl.constexpr,
+    T: gl.constexpr,
 ):  # fmt: skip
     """Allocate the rings and start the three roles. Grid: one program per entry of ``program_ptr``; num_warps=4.
 
     ``x_desc``, ``halo_desc``: input as [H, W, N, C], boxes [1, TILE_W or halo, TILE_N, TILE_K]; with a width stride of
-    2 its even columns, and ``odd_*`` its odd ones. ``w_desc``: kept blocks as [n_blocks * taps * BLOCK_OUT, BLOCK_IN],
-    box [64 or BLOCK_OUT, TILE_K]. ``y_desc``, ``r_desc``: output and residual as [H, W, N, C_OUT], boxes
-    [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``blocks``, ``row_of_part``: see ``pairing.PairedRows``; None without.
-    What a launch does not need is None.
+    2 its even columns, and ``odd_*`` its odd ones. ``w_desc``: see ``weights.arranged_weights``, rows of 128 bytes, one
+    box for the 64 or BLOCK_OUT rows of a tap. ``y_desc``, ``r_desc``: output and residual as [H, W, N, C_OUT], boxes
+    [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``y_ptr``, ``permutation``: for :func:`store_vectors`, where it PERMUTES.
+    ``blocks``, ``row_of_part``: see ``pairing.PairedRows``; None without. ``program_ptr``, ``work``: see
+    ``schedule.Schedule``. What a launch does not need is None.
     """
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = T.item_size * 8
@@ -315,7 +362,9 @@ def conv2d_kernel(
     BANDS: gl.constexpr = len(T.bands)
     W_STAGES: gl.constexpr = T.w_stages
     x_buffer = gl.allocate_shared_memory(DTYPE, [T.x_stages * T.stage_groups, 8, T.tile_k], K_LAYOUT)
-    w_buffer = gl.allocate_shared_memory(DTYPE, [T.w_stages * T.w_taps * T.parts, 64 // T.parts, T.tile_k], K_LAYOUT)
+    w_buffer = gl.allocate_shared_memory(
+        DTYPE, [T.w_stages * T.w_taps * T.parts, T.weight_rows, T.weight_row_elements], w_desc.layout
+    )
     y_buffer = gl.allocate_shared_memory(DTYPE, [2 * T.y_stages, T.accumulator_pixels, 64], Y_LAYOUT)
     x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES * BANDS, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [X_STAGES * BANDS, 1], mbarrier.MBarrierLayout())
@@ -334,16 +383,20 @@ def conv2d_kernel(
         mbarrier.init(r_full.index(i), count=1)
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
+    if SECTORS:
+        x_desc = without_promotion(x_desc, x_ptr)
+        if halo_desc is not None:
+            halo_desc = without_promotion(halo_desc, x_ptr)
     gl.warp_specialize(
         [
-            (consumer, (y_desc, r_desc, bias, indptr, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
-                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
-                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, TURNS, T)),
-            (consumer, (y_desc, r_desc, bias, indptr, row_of_part, program_ptr, order, rows, tiles_y, tiles_x, c_out,
-                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
-                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, POOL, TURNS, T)),
+            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y,
+                        tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
+                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, VECTORS, POOL, TURNS, T)),
+            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y,
+                        tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
+                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, VECTORS, POOL, TURNS, T)),
             (producer, ((x_desc, halo_desc, odd_desc, odd_halo_desc), w_desc,
-                        indptr, indices, blocks, program_ptr, order, rows, tiles_y, tiles_x,
+                        indices, blocks, program_ptr, work, rows, tiles_y, tiles_x,
                         x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T)),
         ],
         [4, PRODUCER_WARPS],

@@ -32,7 +32,12 @@ BARRIER_BYTES = 1024
 """Room left for the mbarriers and for what warp specialization itself keeps in shared memory."""
 
 
-REVISION = 4
+WEIGHT_ROW_BYTES = 128
+"""Weights travel in rows of so many bytes, the longest that a swizzle reaches: a row costs the copy engine the same
+2 clocks whether it has 32 bytes or 128."""
+
+
+REVISION = 5
 """Raise it whenever a property below changes its meaning: compiled kernels are cached by a tile's fields alone."""
 
 
@@ -302,6 +307,30 @@ class ConvTile:
         stored = self.accumulator_pixels // (2 if joined == 1 else 4)
         together = self.tile_n == 1 or self.tile_n % GROUP == 0
         return together and all(row % 2 == 0 for row in rows) and self.tile_w % 2 == 0 and stored >= GROUP
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of 128 bytes that hold one tap's weights of a block row, 64 of its output channels at most."""
+        return min(WGMMA_ROWS, self.block_out) * self.tile_k * self.item_size // WEIGHT_ROW_BYTES
+
+    @property
+    def weight_row_elements(self) -> int:
+        """Elements of such a row."""
+        return WEIGHT_ROW_BYTES // self.item_size
+
+    @cached_property
+    def weight_bases(self) -> tuple[tuple[int, int], ...]:
+        """Where the bits of an offset in shared memory lead: (output channel, input channel) of one tap's weights.
+
+        The copy engine stores chunk c (of 16 bytes) of the 128-byte row r at chunk c ^ (r % 8); a matrix row of TILE_K
+        channels is a part of such a row. Eight matrix rows then lie in different banks.
+        """
+        chunk = 16 // self.item_size
+        offsets = [1 << bit for bit in range((WGMMA_ROWS * self.tile_k).bit_length() - 1)]
+        for i, offset in enumerate(offsets):
+            row = offset // self.weight_row_elements
+            offsets[i] = offset ^ (row % 8) * chunk
+        return tuple((offset // self.tile_k, offset % self.tile_k) for offset in offsets)
 
     @property
     def y_step_bytes(self) -> int:

@@ -50,6 +50,10 @@ def supports(
     if problem.width < problem.stride[1] or min(problem.output_size) < 1:
         return f"an image of {problem.height} x {problem.width} leaves no output"
     if config is not None:
+        if config.fetch == "sectors" and problem.stride[1] > 1:
+            return "it fetches sectors only where the width's stride is 1"
+        if config.output_group * item % 16:
+            return f"it permutes channels in groups of 16 bytes, not of {config.output_group} channels"
         try:
             tile = complete_tile(problem, config, max_pool=max_pool)
         except ValueError as error:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
-from tests.support.operands import ConvCase
+import torch
+
+from tests.support.operands import ConvCase, conv2d_operands
 from tetris.kernels.configs import Conv2dConfig
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one compilation fixes; ``extras`` as in :class:`ConvCase`."""
+    """What one compilation fixes; ``extras`` as in :class:`ConvCase`; ``output_group`` > 0: outputs are permuted."""
 
     block: tuple[int, int] = (64, 32)
     tile: tuple[int, int, int] = (8, 4, 8)
@@ -29,28 +32,42 @@ class Variant:
     extras: tuple[str, ...] = ()
     max_pool: bool = False
     dtype: str = "float16"
+    output_group: int = 0
+    fetch: str = "lines"
 
     def __str__(self) -> str:
         n, h, w = self.tile
         parts = [f"{self.block[0]}x{self.block[1]}", f"{n}x{h}x{w}", self.input_order, self.dtype, self.activation]
+        flags = ["pool"] * self.max_pool + [f"groups{self.output_group}"] * (self.output_group > 0)
+        flags += ["sectors"] * (self.fetch == "sectors")
         kernel = f"k{self.kernel_size}s{self.stride}p{self.padding}d{self.dilation}".replace(", ", "")
-        return "-".join([*parts, kernel, *self.extras, *(["pool"] if self.max_pool else [])])
+        return "-".join([*parts, kernel, *self.extras, *flags])
 
     @property
     def config(self) -> Conv2dConfig:
         n, h, w = self.tile
         return Conv2dConfig(
-            kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=self.tile_k, input_order=self.input_order
-        )
+            kernel="hopper", tile_n=n, tile_h=h, tile_w=w, tile_k=self.tile_k, input_order=self.input_order,
+            output_group=self.output_group, fetch=self.fetch,
+        )  # fmt: skip
+
+    def operands(self, case: ConvCase, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """The launcher's arguments but for config, dtypes and pooling, see :func:`conv2d_operands`."""
+        made = conv2d_operands(case, getattr(torch, self.dtype), device, seed)
+        if self.output_group:
+            groups = torch.randperm(case.c_out // self.output_group, generator=torch.Generator().manual_seed(seed))
+            channels = groups[:, None] * self.output_group + torch.arange(self.output_group)
+            made["output_permutation"] = channels.reshape(-1).to(device)
+        return made
 
     def problem(self, generator: random.Random) -> ConvCase:
         """A random small problem of this variant: odd sizes, ragged channels, batches beside the tile's."""
-        step = 8 if self.dtype != "float32" else 4
+        step = max(self.output_group, 8 if self.dtype != "float32" else 4)
         extent = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size)]
         least = [max(2, e - 2 * p + 1) for e, p in zip(extent, self.padding)]
         return ConvCase(
             c_out=step * generator.randint(1, 200 // step),
-            c_in=step * generator.randint(1, 200 // step),
+            c_in=8 * generator.randint(1, 25),
             block=self.block,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -105,4 +122,10 @@ VARIANTS: tuple[Variant, ...] = (
     replace(SMALL_BATCH, tile=(1, 8, 32), block=(32, 32), extras=FUSED, activation="relu", max_pool=True),
     replace(SMALL_BATCH, tile=(1, 2, 32), kernel_size=(5, 5), padding=(2, 2), tile_k=16),
     replace(SMALL_BATCH, tile=(1, 4, 16), stride=(2, 2), tile_k=16),
+    replace(BASE, block=(64, 64), tile=(32, 4, 4), extras=("bias",), activation="relu", output_group=8),
+    replace(BASE, block=(32, 32), tile=(16, 4, 4), extras=("bias",), activation="relu", max_pool=True, output_group=16),
+    replace(BASE, dtype="float32", tile=(16, 4, 4), output_group=4),
+    replace(SMALL_BATCH, tile=(1, 8, 8), block=(128, 32), extras=("bias",), activation="gelu", output_group=16),
+    replace(BASE, block=(64, 16), tile=(8, 8, 8), extras=("bias",), activation="relu", fetch="sectors"),
+    replace(BASE, block=(64, 32), tile=(8, 8, 8), activation="relu", max_pool=True, fetch="sectors"),
 )

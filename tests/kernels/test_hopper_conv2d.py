@@ -22,8 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 
 def error(variant: Variant, case: ConvCase, seed: int, monkeypatch: pytest.MonkeyPatch) -> float:
     """The relative error on NaN-moated operands and a NaN-filled, moated output."""
-    dtype = getattr(torch, variant.dtype)
-    operands = conv2d_operands(case, dtype, torch.device("cuda"), seed)
+    operands = variant.operands(case, torch.device("cuda"), seed)
     with nan_outputs(monkeypatch):
         y = block_sparse_conv2d(**operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config)
     expected = reference.block_sparse_conv2d(**operands)
@@ -46,9 +45,12 @@ def test_a_schedule_of_another_problem_is_refused():
         block_sparse_conv2d(**operands, config=BASE.config, schedule=round_robin(3, 5, 132).to("cuda"))
 
 
-def test_permutations_are_refused():
+def test_permutations_of_single_channels_are_refused():
     operands = conv2d_operands(ConvCase(block=(64, 32), extras=("input",)), torch.float16, torch.device("cuda"))
-    with pytest.raises(UnsupportedError, match="permutes"):
+    with pytest.raises(UnsupportedError, match="in groups only"):
+        block_sparse_conv2d(**operands, config=BASE.config)
+    operands = conv2d_operands(ConvCase(block=(64, 32), extras=("output",)), torch.float16, torch.device("cuda"))
+    with pytest.raises(UnsupportedError, match="in groups only"):
         block_sparse_conv2d(**operands, config=BASE.config)
 
 

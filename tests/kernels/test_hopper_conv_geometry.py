@@ -154,3 +154,20 @@ def test_bands_cover_the_rows_that_are_read():
 def test_columns_pool_where_one_thread_holds_neighbours(tile_n, pools):
     tile = ConvTile((64, 32), tile_n=tile_n, tile_h=8, tile_w=16 // tile_n, tile_k=32, copies=True)
     assert tile.can_pool == pools
+
+
+@pytest.mark.parametrize("tile_k", [16, 32, 64])
+def test_weight_bases_undo_the_swizzle_of_128_byte_rows(tile_k):
+    tile = ConvTile((64, 64), tile_k=tile_k)
+    stored = {}  # offset -> (output, input channel), as the copy engine stores rows of 128 bytes
+    for flat in range(64 * tile_k):
+        row, column = divmod(flat, 64)
+        offset = row * 64 + (column // 8 ^ row % 8) * 8 + column % 8
+        stored[offset] = divmod(flat, tile_k)
+    for offset, place in stored.items():
+        bases = [basis for bit, basis in enumerate(tile.weight_bases) if offset >> bit & 1]
+        found = [0, 0]
+        for basis in bases:
+            found = [found[0] ^ basis[0], found[1] ^ basis[1]]
+        assert tuple(found) == place
+    assert tile.weight_rows * 64 == 64 * tile_k

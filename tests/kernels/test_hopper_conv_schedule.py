@@ -13,6 +13,7 @@ from tetris.kernels.hopper.conv2d import conv2d_schedule
 from tetris.kernels.hopper.heuristics import complete_tile
 from tetris.kernels.hopper.pairing import pair_block_rows
 from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
+from tetris.kernels.hopper.weights import arranged_weights
 
 UNEVEN = [16.0, 9.0, 7.0, 4.0, 2.0, 2.0, 1.0, 1.0]
 
@@ -106,4 +107,41 @@ def test_a_schedule_survives_as_tensors():
     schedule = conv2d_schedule(*layout, problem, Conv2dConfig(kernel="hopper", tile_n=8, tile_h=4, tile_w=8), 7, "cpu")
     again = Schedule.from_tensors(schedule.tensors)
     assert torch.equal(again.order, schedule.order) and torch.equal(again.program_ptr, schedule.program_ptr)
+    assert torch.equal(again.work, schedule.work) and again.weights is None
     assert torch.equal(again.pairs.blocks, schedule.pairs.blocks) and torch.equal(again.pairs.rows, schedule.pairs.rows)
+
+
+def test_records_say_what_a_tile_multiplies():
+    indptr, indices = torch.tensor([0, 2, 2, 5]), torch.tensor([1, 3, 0, 2, 3])
+    schedule = round_robin(rows=6, spatial_tiles=2, programs=5)
+    work = schedule.records(indptr, indices, halves=2)
+    assert work.dtype == torch.int32 and torch.equal(work[:, 0], schedule.order)
+    for tile, begin, end, first in work.tolist():
+        block_row = tile % 6 // 2
+        assert [begin, end] == indptr[block_row : block_row + 2].tolist()
+        assert begin == end or first == indices[begin]
+
+
+def test_weights_are_arranged_step_by_step():
+    values = torch.arange(3 * 9 * 64 * 64).view(3, 9, 64, 64)
+    steps = arranged_weights(values, 16)
+    assert steps.shape == (12, 9, 64, 16) and steps.is_contiguous()
+    for block, step in ((0, 0), (1, 3), (2, 2)):
+        assert torch.equal(steps[4 * block + step], values[block, :, :, 16 * step : 16 * step + 16])
+    assert arranged_weights(values, 64) is values
+    single = arranged_weights(values[:1], 32)
+    assert single.is_contiguous() and torch.equal(single[1], values[0, :, :, 32:])
+    assert arranged_weights(values[:, :1], 16).is_contiguous()
+
+
+@pytest.mark.parametrize("tile_k", [32, 64])
+def test_a_schedule_keeps_weights_only_where_blocks_take_several_steps(tile_k):
+    layout = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    problem = Conv2dProblem(
+        8, 128, 128, 14, 14, (3, 3), (1, 1), (1, 1), (1, 1), block=(64, 64), dtype="float16", n_blocks=2
+    )
+    config = Conv2dConfig(kernel="hopper", tile_n=8, tile_h=4, tile_w=4, tile_k=tile_k)
+    schedule = conv2d_schedule(*layout, problem, config, 7, "cpu", values=torch.randn(2, 9, 64, 64))
+    assert (schedule.weights is None) == (tile_k == 64) and schedule.pairs is None
+    again = Schedule.from_tensors(schedule.tensors)
+    assert again.pairs is None and (again.weights is None) == (tile_k == 64)

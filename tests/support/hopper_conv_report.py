@@ -18,7 +18,6 @@ import triton
 from tests.kernels.hopper_conv_variants import VARIANTS, Variant
 from tests.support.compiler import Compiled, compiling
 from tests.support.hopper_conv_defaults import default_variants
-from tests.support.operands import conv2d_operands
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo
 from tetris.kernels.hopper import conv2d as launcher
 
@@ -26,7 +25,7 @@ from tetris.kernels.hopper import conv2d as launcher
 def compile_variant(variant: Variant) -> Compiled:
     """Launch the variant on CPU tensors under the compiling driver."""
     case = variant.problem(random.Random(0))
-    operands = conv2d_operands(case, getattr(torch, variant.dtype), torch.device("cpu"))
+    operands = variant.operands(case, torch.device("cpu"))
     geometry = {name: operands[name] for name in ("kernel_size", "stride", "padding", "dilation")}
     problem = Conv2dProblem(
         case.batch, case.c_in, case.c_out, case.height, case.width, block=case.block, dtype=variant.dtype,
