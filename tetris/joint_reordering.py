@@ -17,8 +17,12 @@ from tetris.permutation import identity, validate
 from tetris.pruning import check_sparsity, fit_block, units_to_keep
 from tetris.search.alternation import Progress
 from tetris.search.methods import METHODS, check_options
-from tetris.search.system import BlockProblem, Key, System, total_of
+from tetris.search.system import BlockProblem, Concatenation, Key, System, total_of
 from tetris.search.threads import torch_threads_for_numba
+
+
+Group = Key | Concatenation | None
+"""Who orders a dimension."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +33,15 @@ class JointProblem:
         importance: float [rows, columns], entries >= 0, kernel taps summed. Scale it to weigh the layer.
         block: (out, in) edges; larger than a dimension, an edge shrinks to half of it.
         sparsity: fraction of blocks to prune.
-        groups: names of the permutations of the rows and the columns; None = not reorderable.
+        groups: names of the permutations of the rows and the columns, or a :class:`Concatenation` of several; None =
+            not reorderable.
         repeats: consecutive features per channel along each dimension (conv -> flatten -> linear).
     """
 
     importance: torch.Tensor
     block: tuple[int, int]
     sparsity: float
-    groups: tuple[Key | None, Key | None]
+    groups: tuple[Group, Group]
     repeats: tuple[int, int] = (1, 1)
 
 
@@ -58,6 +63,16 @@ class JointReordering:
     retained: list[float]
     n_swaps: int
     seconds: float
+
+    def order(self, group: Group, size: int) -> torch.Tensor:
+        """The order of the ``size`` channels of a dimension that has these groups."""
+        if not isinstance(group, Concatenation):
+            return identity(size) if group is None else self.permutations[group]
+        parts, start = [], 0
+        for key, channels in group.parts:
+            parts.append((identity(channels) if key is None else self.permutations[key]) + start)
+            start += channels
+        return torch.cat(parts)
 
     @property
     def block_masks(self) -> list[torch.Tensor]:
@@ -143,14 +158,21 @@ def _group_sizes(problems: list[JointProblem]) -> dict[Key, int]:
     """{group: channels}, in order of appearance; ShapeError where two uses disagree."""
     sizes: dict[Key, int] = {}
     for index, problem in enumerate(problems):
-        for size, key, repeats in zip(problem.importance.shape, problem.groups, problem.repeats):
+        for size, group, repeats in zip(problem.importance.shape, problem.groups, problem.repeats):
             if repeats < 1 or size % repeats:
                 raise ShapeError(
                     f"reorder_jointly: problem {index} wanted whole channels of {repeats} features; got {size}"
                 )
-            if key is not None and sizes.setdefault(key, size // repeats) != size // repeats:
+            parts = group.parts if isinstance(group, Concatenation) else ((group, size // repeats),)
+            if sum(channels for _, channels in parts) != size // repeats:
                 raise ShapeError(
-                    f"reorder_jointly: group {key!r} has {sizes[key]} channels elsewhere; "
-                    f"problem {index} has {size // repeats}; check groups and repeats"
+                    f"reorder_jointly: problem {index} has {size // repeats} channels; its concatenation has "
+                    f"{sum(channels for _, channels in parts)}; check groups and repeats"
                 )
+            for key, channels in parts:
+                if key is not None and sizes.setdefault(key, channels) != channels:
+                    raise ShapeError(
+                        f"reorder_jointly: group {key!r} has {sizes[key]} channels elsewhere; "
+                        f"problem {index} has {channels}; check groups and repeats"
+                    )
     return sizes

@@ -19,12 +19,11 @@ from tetris.channels import Channels, ModelGraph
 from tetris.errors import TetrisError, UnsupportedError, describe
 from tetris.graph import ExampleInputs, channel_groups
 from tetris.importance import Importance, channel_importance, importance_of
-from tetris.joint_reordering import JointProblem, JointReordering, reorder_jointly
+from tetris.joint_reordering import Concatenation, Group, JointProblem, JointReordering, reorder_jointly
 from tetris.permutation import apply, expand, identity, inverse
 from tetris.plans import GROUP, GROUPED, SHARED, ModelPlan
 from tetris.pruning import PruningMethod, block_sums, expand_block_mask
 from tetris.reordering import Reordering, reorder
-from tetris.search.system import Key
 from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
 
 PERMUTATIONS = ("auto", "shared", "separate")
@@ -274,14 +273,14 @@ def _shared(
 ) -> dict[str, Reordering]:
     free = {group.index for group in graph.groups if group.fixed is None}
 
-    def group_of(slots: dict[str, Channels], name: str, order: str) -> tuple[Key | None, int]:
+    def group_of(slots: dict[str, Channels], name: str, order: str) -> tuple[Group, int]:
         if order != SHARED:
             return (name, "output" if slots is graph.outputs else "input"), GROUP if order == GROUPED else 1
         channels = slots.get(name)
         if channels is None:  # a layer that the trace never calls shares nothing
             return None, 1
-        (index, *others) = channels.groups
-        return (index if index in free and not others else None), channels.repeats
+        parts = tuple((index if index in free else None, graph.groups[index].size) for index in channels.groups)
+        return (parts[0][0] if len(parts) == 1 else Concatenation(parts)), channels.repeats
 
     problems = []
     for r in requests:
@@ -308,7 +307,7 @@ def _from_joint(
     """The part of a joint answer that concerns one weight, as a reordering of its own."""
     weight, layout = request.weight, joint.layouts[index]
     permutations = {
-        dim: expand(joint.permutations[group], repeats) if group is not None else identity(weight.shape[dim])
+        dim: expand(joint.order(group, weight.shape[dim] // repeats), repeats)
         for dim, (group, repeats) in enumerate(zip(problem.groups, problem.repeats))
     }
     block_mask = layout.to_mask()

@@ -57,8 +57,8 @@ def sort(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     for key in keys:
         totals = torch.stack(
             [
-                system.problems[i].matrix.sum(1 - dim).view(-1, system.problems[i].repeats[dim]).sum(1)
-                for i, dim in system.uses(key)
+                system.problems[i].matrix.sum(1 - dim).view(-1, system.problems[i].repeats[dim]).sum(1)[units]
+                for i, dim, units in system.uses(key)
             ]
         ).sum(0)
         system.partitions[key].order.copy_(totals.sort(descending=True, stable=True).indices)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,25 @@ from tetris.search.sums import group_sums, product
 Key = Hashable
 
 
+@dataclass(frozen=True)
+class Concatenation:
+    """Channels of several partitions one after the other along one dimension, as ``torch.cat`` stores them.
+
+    Attributes:
+        parts: (key or None, channels) of every part; None keeps its order. A block may reach over a boundary.
+    """
+
+    parts: tuple[tuple[Key | None, int], ...]
+
+
+class Use(NamedTuple):
+    """Where a partition orders channels: a problem, one of its dimensions, and the channels along it."""
+
+    index: int
+    dim: int
+    units: slice
+
+
 @dataclass(frozen=True, eq=False)
 class BlockProblem:
     """A matrix of importances to be covered by the best ``n_keep`` blocks.
@@ -29,7 +48,8 @@ class BlockProblem:
         matrix: [rows, columns], kernel taps summed, float32 or float64, contiguous, on any device. Only read.
         block: (out, in) edges.
         n_keep: blocks that stay.
-        keys: the partition that orders the rows and the columns; None = that dimension keeps its order.
+        keys: the partition, or a concatenation of several, that orders the rows and the columns; None = that dimension
+            keeps its order.
         repeats: consecutive features that move together along each dimension (a flattened convolution's pixels).
     """
 
@@ -48,6 +68,15 @@ class BlockProblem:
         features = torch.arange(self.matrix.shape[dim], device=self.matrix.device)
         return (features // self.block[dim]).view(-1, self.repeats[dim])
 
+    def parts(self, dim: int) -> list[tuple[Key | None, slice]]:
+        """(key, channels) of the partitions along a dimension, in order; a single one takes it all."""
+        key, start, found = self.keys[dim], 0, []
+        whole = ((key, self.matrix.shape[dim] // self.repeats[dim]),)
+        for part, units in key.parts if isinstance(key, Concatenation) else whole:
+            found.append((part, slice(start, start + units)))
+            start += units
+        return found
+
 
 def total_of(matrix: torch.Tensor) -> float:
     """The sum of all entries: rows in their own precision, then float64 (ten times faster than all float64)."""
@@ -62,8 +91,9 @@ class System:
         self.problems = problems
         self.partitions: dict[Key, Partition] = {}
         self._versions: dict[Key | None, int] = {None: 0}
-        self._sums: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
-        for key in dict.fromkeys(key for problem in problems for key in problem.keys if key is not None):
+        self._sums: dict[tuple[int, int], tuple[list[int], torch.Tensor]] = {}
+        parts = (part for problem in problems for dim in (0, 1) for part in problem.parts(dim))
+        for key in dict.fromkeys(key for key, _ in parts if key is not None):
             self.partitions[key] = self._partition(key, (orders or {}).get(key))
             self._versions[key] = 0
         self.total = sum(total_of(problem.matrix) for problem in problems)
@@ -72,13 +102,20 @@ class System:
         """Drop all cached sums: partitions changed, or will change, behind the system's back."""
         self._sums.clear()
 
-    def uses(self, key: Key) -> list[tuple[int, int]]:
-        """(problem index, dim) of every dimension that ``key`` orders."""
-        return [(i, dim) for i, problem in enumerate(self.problems) for dim in (0, 1) if problem.keys[dim] == key]
+    def uses(self, key: Key) -> list[Use]:
+        """Everywhere that ``key`` orders channels."""
+        return [
+            Use(index, dim, units)
+            for index, problem in enumerate(self.problems)
+            for dim in (0, 1)
+            for part, units in problem.parts(dim)
+            if part == key
+        ]
 
     def _partition(self, key: Key, order: torch.Tensor | None) -> Partition:
         """Groups = runs of positions that no problem can tell apart: the common refinement of all block grids."""
-        blocks = torch.cat([self.problems[i].blocks_of_unit(dim) for i, dim in self.uses(key)], dim=1)
+        uses = self.uses(key)
+        blocks = torch.cat([self.problems[use.index].blocks_of_unit(use.dim)[use.units] for use in uses], dim=1)
         starts = torch.ones(len(blocks), dtype=torch.bool, device=blocks.device)
         starts[1:] = (blocks[1:] != blocks[:-1]).any(1)
         offsets = torch.cat([starts.nonzero()[:, 0], starts.new_tensor([len(blocks)], dtype=torch.int64)])
@@ -92,10 +129,13 @@ class System:
     def feature_order(self, index: int, dim: int) -> torch.Tensor:
         """int64 [features]: the feature of a problem at every position along ``dim``."""
         problem = self.problems[index]
-        key = problem.keys[dim]
-        if key is None:
-            return identity(problem.matrix.shape[dim], problem.matrix.device)
-        order = self.partitions[key].order
+        orders = []
+        for key, units in problem.parts(dim):
+            order = self.partitions[key].order if key is not None else None
+            orders.append(identity(units.stop - units.start, problem.matrix.device) if order is None else order)
+            if units.start:
+                orders[-1] = orders[-1] + units.start
+        order = orders[0] if len(orders) == 1 else torch.cat(orders)
         return order if problem.repeats[dim] == 1 else expand(order, problem.repeats[dim])
 
     def labels(self, index: int, dim: int) -> torch.Tensor:
@@ -105,16 +145,19 @@ class System:
         labels[self.feature_order(index, dim)] = positions
         return labels
 
+    def _versions_along(self, index: int, dim: int) -> list[int]:
+        return [self._versions[key] for key, _ in self.problems[index].parts(dim)]
+
     def _is_fresh(self, index: int, dim: int) -> bool:
         cached = self._sums.get((index, dim))
-        return cached is not None and cached[0] == self._versions[self.problems[index].keys[1 - dim]]
+        return cached is not None and cached[0] == self._versions_along(index, 1 - dim)
 
     def sums(self, index: int, dim: int) -> torch.Tensor:
         """[features of ``dim``, blocks of the other dimension]: the other dimension's blocks summed."""
         problem = self.problems[index]
         if not self._is_fresh(index, dim):
             sums = group_sums(problem.matrix, self.feature_order(index, 1 - dim), problem.block[1 - dim], 1 - dim)
-            self._sums[index, dim] = (self._versions[problem.keys[1 - dim]], sums if dim == 0 else sums.T)
+            self._sums[index, dim] = (self._versions_along(index, 1 - dim), sums if dim == 0 else sums.T)
         return self._sums[index, dim][1]
 
     def block_sums(self, index: int) -> torch.Tensor:
@@ -145,18 +188,19 @@ class System:
         """
         starts = self.partitions[key].offsets[:-1]
         total: torch.Tensor | None = None
-        for index, dim in self.uses(key):
-            problem, sums = self.problems[index], self.sums(index, dim)
+        for index, dim, units in self.uses(key):
+            problem, repeats = self.problems[index], self.problems[index].repeats[dim]
+            sums = self.sums(index, dim)[units.start * repeats : units.stop * repeats]
             mask = masks[index].to(sums.dtype)
             mask = mask.T if dim == 0 else mask
             kept = product(sums, mask) if exact else sums @ mask
-            if problem.repeats[dim] == 1 and len(starts) == kept.shape[1]:
+            if repeats == 1 and problem.keys[dim] == key and len(starts) == kept.shape[1]:
                 value = kept
             else:
-                blocks = problem.blocks_of_unit(dim)[starts]
-                features = kept.view(-1, problem.repeats[dim], kept.shape[1])
+                blocks = problem.blocks_of_unit(dim)[units][starts]
+                features = kept.view(-1, repeats, kept.shape[1])
                 value = features[:, 0, blocks[:, 0]]
-                for k in range(1, problem.repeats[dim]):
+                for k in range(1, repeats):
                     value = value + features[:, k, blocks[:, k]]
             total = value if total is None else total + value
         assert total is not None
@@ -164,7 +208,8 @@ class System:
 
     def shares_itself(self, key: Key) -> bool:
         """Whether a problem has ``key`` on both dimensions: its M-step is then only a linearisation."""
-        return any(problem.keys[0] == problem.keys[1] == key for problem in self.problems)
+        indices = [(use.index, use.dim) for use in self.uses(key)]
+        return any((index, 1 - dim) in indices for index, dim in indices)
 
     def snapshot(self) -> dict[Key, torch.Tensor]:
         """A copy of every order."""
