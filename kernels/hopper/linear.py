@@ -19,10 +19,14 @@ BARRIER_BYTES = 512
 
 
 def ring_stages(tile_tokens: int, residual: bool) -> int:
-    """Stages of the ring that fit into shared memory beside the output tiles: one holds both strips' weights too."""
+    """Stages of the ring that fit into shared memory beside the output tiles: one holds both strips' weights too.
+
+    A strip's output leaves by way of two tiles of 64 tokens; a residual needs room for all of them, and a tile more to
+    change its layout.
+    """
     stage = (tile_tokens + 2 * STRIP) * STAGE_K * ITEM_SIZE
-    output = (2 * STRIP * tile_tokens + (STRIP * STRIP if residual else 0)) * ITEM_SIZE
-    return (SHARED_LIMIT - BARRIER_BYTES - output) // stage
+    output_tokens = 2 * tile_tokens + STRIP if residual else 4 * STRIP
+    return (SHARED_LIMIT - BARRIER_BYTES - output_tokens * STRIP * ITEM_SIZE) // stage
 
 
 def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:

@@ -173,7 +173,8 @@ def block_sparse_linear_kernel(
     X_TILES: gl.constexpr = GROUP if GATHER else 1
     xbuf = gl.allocate_shared_memory(DTYPE, [STAGES * X_TILES, TILE_M, 64 // X_TILES], x_desc.layout)
     wbuf = gl.allocate_shared_memory(DTYPE, [STAGES * 2 * GROUP * PARTS, 64 // PARTS, TILE_K], w_desc.layout)
-    ybuf = gl.allocate_shared_memory(DTYPE, [TILE_M // 32 * PARTS, 64, 64 // PARTS], y_desc.layout)
+    Y_SLOTS: gl.constexpr = TILE_M // 64 if HAS_RESIDUAL else 2
+    ybuf = gl.allocate_shared_memory(DTYPE, [2 * Y_SLOTS * PARTS, 64, 64 // PARTS], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     rbar = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

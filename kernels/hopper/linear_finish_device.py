@@ -39,16 +39,26 @@ def _chunk_of(acc, C: gl.constexpr, TILE_M: gl.constexpr, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def _chunk_of_pieces(workspace, first, pieces, WG: gl.constexpr, C: gl.constexpr, TILE_M: gl.constexpr,
-                     CHUNK: gl.constexpr):  # fmt: skip
+def _places(TILE_M: gl.constexpr, FIRST: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where [64, TOKENS] sums from token FIRST on lie in a strip's piece: 8 x 8 of them side by side.
+
+    Those are what one instruction of a warp stores or loads of a matrix instruction's result: 256 bytes in a row.
+    """
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
+    tokens = FIRST + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))[None, :]
+    return ((rows // 8) * (TILE_M // 8) + tokens // 8) * 64 + rows % 8 * 8 + tokens % 8
+
+
+@gluon.jit
+def _chunk_of_pieces(
+    workspace, first, pieces, WG: gl.constexpr, C: gl.constexpr, TILE_M: gl.constexpr, CHUNK: gl.constexpr
+):
     """The same tokens of the sums of all pieces, ``first`` and those after it, added in their order."""
-    rows = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))[:, None]
-    columns = C * 64 + gl.arange(0, 64, gl.SliceLayout(0, CHUNK))[None, :]
-    place = workspace + (first * 2 + WG) * (64 * TILE_M) + rows * TILE_M + columns
+    place = workspace + (first * 2 + WG) * (64 * TILE_M) + _places(TILE_M, C * 64, 64, CHUNK)
     v = gl.zeros((64, 64), gl.float32, CHUNK)
     for some in range(0, pieces, AT_ONCE):
         for i in gl.static_range(AT_ONCE):
-            v += gl.load(place, mask=(rows >= 0) & (some + i < pieces), other=0.0, cache_modifier=".cg")
+            v += gl.load(place, mask=some + i < pieces, other=0.0, cache_modifier=".cg")
             place += 2 * 64 * TILE_M
     return v
 
@@ -57,9 +67,8 @@ def _chunk_of_pieces(workspace, first, pieces, WG: gl.constexpr, C: gl.constexpr
 def leave_piece(acc, workspace, counters, task, pieces, WG: gl.constexpr, TILE_M: gl.constexpr):
     """Stores the sums of one piece; whether it is the last of its pair's pieces, which may then read all of them."""
     LAYOUT: gl.constexpr = acc.type.layout
-    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
-    columns = gl.arange(0, TILE_M, gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.store(workspace + (gl.load(task + 9) * 2 + WG) * (64 * TILE_M) + rows * TILE_M + columns, acc)
+    place = (gl.load(task + 9) * 2 + WG) * (64 * TILE_M) + _places(TILE_M, 0, TILE_M, LAYOUT)
+    gl.store(workspace + place, acc)
     counter = counters + gl.load(task + 8) * 2 + WG
     tl.debug_barrier()
     last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1
@@ -75,9 +84,13 @@ def finish(
     WG: gl.constexpr, TILE_M: gl.constexpr, PARTS: gl.constexpr, CUT: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Bias, residual, activation and store of a strip: of ``acc``, or if CUT of all the pieces; the next phase."""
+    """Bias, residual, activation and store of a strip: of ``acc``, or if CUT of all the pieces; the next phase.
+
+    Goes by chunks of 64 tokens through a ring of output tiles; a residual is fetched into all of them beforehand.
+    """
     DTYPE: gl.constexpr = ybuf.dtype
     CHUNKS: gl.constexpr = TILE_M // 64
+    SLOTS: gl.constexpr = ybuf.shape[0] // (2 * PARTS)
     ROWS: gl.constexpr = 64 // PARTS
     CHUNK: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     Y_PARTS: gl.constexpr = gl.NVMMASharedLayout(128 // PARTS, DTYPE.primitive_bitwidth, rank=3)
@@ -87,8 +100,8 @@ def finish(
     if HAS_BIAS:
         rows = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
         out = gl.load(features + rows // ROWS) + rows % ROWS
-    tma.store_wait(0)  # the task before has left the output buffer
     if HAS_RESIDUAL:
+        tma.store_wait(0)  # the task before has left the output tiles
         mbarrier.expect(rbar.index(WG), 64 * TILE_M * DTYPE.primitive_bitwidth // 8)
         for i in gl.static_range(CHUNKS * PARTS):
             slot = ybuf.index(WG * CHUNKS * PARTS + i)
@@ -101,16 +114,18 @@ def finish(
             v = _chunk_of_pieces(workspace, gl.load(task + 8), pieces, WG, c, TILE_M, CHUNK)
         else:
             v = _chunk_of(acc, c, TILE_M, CHUNK)
-        out_tile = ybuf.index((WG * CHUNKS + c) * PARTS)._reinterpret(DTYPE, [PARTS, 64, ROWS], Y_PARTS)
+        tile = (WG * SLOTS + c % SLOTS) * PARTS
+        out_tile = ybuf.index(tile)._reinterpret(DTYPE, [PARTS, 64, ROWS], Y_PARTS)
         if HAS_BIAS:
             v += gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)[:, None]
         if HAS_RESIDUAL:
             r = gl.reshape(gl.permute(out_tile.load(PART_LAYOUT), (0, 2, 1)), (64, 64))
             v += gl.convert_layout(r, CHUNK).to(gl.float32)
+        else:
+            tma.store_wait((SLOTS - 1) * PARTS)  # the chunk that was here before has left
         v = activate(v, ACTIVATION).to(DTYPE)
         out_tile.store(gl.permute(gl.reshape(v, (PARTS, ROWS, 64)), (0, 2, 1)))
-    fence_async_shared()
-    for i in gl.static_range(CHUNKS * PARTS):
-        corner = [token + i // PARTS * 64, gl.load(features + i % PARTS)]
-        tma.async_copy_shared_to_global(y_desc, corner, ybuf.index(WG * CHUNKS * PARTS + i))
+        fence_async_shared()
+        for i in gl.static_range(PARTS):
+            tma.async_copy_shared_to_global(y_desc, [token + c * 64, gl.load(features + i)], ybuf.index(tile + i))
     return residual_phase
