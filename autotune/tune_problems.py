@@ -122,6 +122,12 @@ class Search:
         self.compiled = {item.key: [next(left) for _ in self.tried[item.key]] for item in self.wanted}
         return results
 
+    def outcome(self, item: Wanted) -> Outcome:
+        """What compiling alone says of a problem."""
+        compiled = self.compiled.get(item.key, [])
+        failures = {config: done.reason for config, done in zip(self.tried[item.key], compiled) if done.reason}
+        return Outcome(item, None, failures=failures, compile_seconds=sum(done.seconds for done in compiled))
+
     def measure(self, store: TuningStore, on_outcome: Callable[[Outcome], None] = lambda outcome: None) -> list[Entry]:
         """Find and store the problems' choices, the longest problem first.
 
@@ -141,7 +147,8 @@ class Search:
             report()
             item = self.wanted[index]
             with torch.cuda.device(item.x.device if item.x.device.type == "cuda" else -1):
-                outcome = search(item, self.device, self.tried[item.key], self.compiled.get(item.key, []))
+                outcome = self.outcome(item)
+                find(outcome, self.device, self.tried[item.key])
             if outcome.entry:
                 store.put([outcome.entry])
             on_outcome(outcome)
@@ -160,11 +167,9 @@ def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> flo
     return len(tried) * (500.0 + estimate_us(wanted.problem, device, tried[0]))
 
 
-def search(wanted: Wanted, device: DeviceInfo, tried: list[Config], compiled: list[Compiled]) -> Outcome:
+def find(outcome: Outcome, device: DeviceInfo, tried: list[Config]) -> None:
     """Race the configurations that compiled, then time the leaders beside the default (``tried[0]``)."""
-    started = time.monotonic()
-    failures = {config: done.reason for config, done in zip(tried, compiled) if done.reason}
-    outcome = Outcome(wanted, None, failures=failures, compile_seconds=sum(done.seconds for done in compiled))
+    started, wanted = time.monotonic(), outcome.wanted
     bench = LayerBench(wanted.layer, wanted.x, outcome.failures)
     raced = bench.race(tried)
     leaders = sorted(raced, key=raced.__getitem__)[:FINALISTS]
@@ -179,4 +184,3 @@ def search(wanted: Wanted, device: DeviceInfo, tried: list[Config], compiled: li
     outcome.measured_seconds = time.monotonic() - started
     if wanted.x.device.type == "cuda":
         torch.cuda.empty_cache()
-    return outcome

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from tests.support.fake_gpu import H200
+from tetris.autotune import tune_problems
 from tetris.autotune.candidates import candidates
+from tetris.autotune.compile_ahead import Compiled
 from tetris.autotune.problems import pools
 from tetris.autotune.store import TuningStore
 from tetris.bench import tuning_bench
-from tetris.bench.rows import read_csv
+from tetris.bench.rows import Row, read_csv, write_csv
 from tetris.bench.tuning_cases import FULL, SUITES
 from tetris.dispatch import Launch
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
@@ -25,6 +27,7 @@ CASES = {case.name: case for suite in FULL for case in SUITES[suite]}
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setenv("TETRIS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning_bench, "device_info", lambda device: H200)
+    monkeypatch.setattr(tuning_bench, "DTYPE", torch.float32)
     for kind in (BlockSparseConv2d, BlockSparseLinear):
 
         def launch(self: torch.nn.Module, x: torch.Tensor) -> Launch:
@@ -67,6 +70,34 @@ def test_failures_are_listed_with_their_reason(
     failures = read_csv(tmp_path / "tuning_failures.csv")
     assert len(failures) == 3 and failures[0].status == "failed: RuntimeError: too many resources requested"
     assert "num_stages" in failures[0].extra["config"]
+
+
+def test_what_failed_to_compile_before_is_not_measured(args: Namespace, tmp_path: Path) -> None:
+    args.layers, (case,) = "fc", [case for case in SUITES["small"] if case.layer.name == "fc"]
+    tried = candidates(case.wanted("cpu", torch.float32).problem, H200, budget=3)
+    failure = Row("tuning", case.name, "failure", status="failed: hangs", extra={"config": tried[1].to_key()})
+    write_csv(tmp_path / "tuning_failures.csv", [failure])
+    args.stage = "measure"
+    rows = tuning_bench.run(args)
+    assert rows[0].extra["tried"] == 2 and rows[0].extra["failed"] == 1
+    assert read_csv(tmp_path / "tuning_failures.csv")[0].extra["config"] == tried[1].to_key()
+
+
+def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool:
+        def __init__(self, jobs, device, team, workers) -> None:
+            self.count = len(jobs)
+
+        def results(self, on_progress) -> list[Compiled]:
+            return [Compiled("too large" if index == 0 else "", 1.5) for index in range(self.count)]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(tune_problems, "CompilePool", Pool)
+    args.stage, args.workers = "compile", 1
+    (row,) = tuning_bench.run(args)
+    assert row.extra["tried"] == 6 and row.extra["compile_seconds"] == 9 and row.extra["failed"] == 1
+    assert [failure.status for failure in read_csv(tmp_path / "tuning_failures.csv")] == ["failed: too large"]
 
 
 def test_the_cpu_has_nothing_to_tune(tmp_path: Path) -> None:

@@ -35,17 +35,16 @@ def converted() -> tuple[nn.Module, torch.Tensor]:
 
 def main() -> None:
     folder, seconds = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
-    search, searched = tune_problems.search, []
+    find, searched = tune_problems.find, []
 
-    def slow_search(wanted, *arguments):
+    def find_slowly(outcome, *arguments):
         time.sleep(seconds)
-        outcome = search(wanted, *arguments)
-        searched.append(wanted.name)
-        sys.stdout.write(f"searched {wanted.name}\n")
+        find(outcome, *arguments)
+        searched.append(outcome.wanted.name)
+        sys.stdout.write(f"searched {outcome.wanted.name}\n")
         sys.stdout.flush()
-        return outcome
 
-    tune_problems.search = slow_search
+    tune_problems.find = find_slowly
     tuner.require_gpu = lambda devices: None
     tuner.device_info = lambda device: H200
     torch.set_num_threads(1)
