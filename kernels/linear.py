@@ -14,6 +14,7 @@ from tetris.kernels.configs import LinearConfig, is_power_of_two_tile, next_powe
 from tetris.kernels.descriptors import describable, describe
 from tetris.kernels.epilogue import activate, add_bias, program_tile, scale_rows, store_rows
 from tetris.kernels.permute import permute_channels
+from tetris.kernels.widen import widen
 from tetris.layout import ceil_div
 
 
@@ -59,7 +60,7 @@ def linear_descriptor_kernel(
         k = (step % SPLIT_K) * TILE_K
         x = x_desc.load([m0, tl.load(indices + block) * BLOCK_IN + k])  # [TILE_M, TILE_K]
         w = w_desc.load([block * BLOCK_OUT + (out_tile % SPLIT_OUT) * TILE_OUT, k])  # [TILE_OUT, TILE_K]
-        acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION)
+        acc = tl.dot(widen(w, x.dtype), x.T, acc, input_precision=PRECISION)
 
     o0 = out_tile * TILE_OUT
     offs_o = o0 + tl.arange(0, TILE_OUT)
@@ -143,7 +144,7 @@ def linear_pointer_kernel(
         mask_x = mask_k[:, None] & mask_m[None, :]
         x = tl.load(x_row_ptr[None, :] + channel[:, None], mask=mask_x, other=0.0)  # [TILE_K, TILE_M]
         w = tl.load(w_row_ptr[:, None] + w_offsets[None, :], mask=mask_w, other=0.0)  # [TILE_OUT, TILE_K]
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
+        acc = tl.dot(widen(w, x.dtype), x, acc, input_precision=PRECISION)
 
     offs_o = row * BLOCK_OUT + row_o
     mask_o = mask_row & (offs_o < N)

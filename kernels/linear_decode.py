@@ -3,8 +3,9 @@
 y[m, o] = activation(sum over kept blocks of W[o, k] x[m, k] + bias[o] + residual[m, o]), as in ``linear``.
 
 A program computes TILE_OUT output features of one block row for all tokens, so nothing is summed across programs; a
-step takes TILE_K / BLOCK_IN kept blocks at once, so that enough loads are in flight. One token is multiplied by
-ordinary arithmetic, up to 16 by matrix instructions with the tokens as the right operand.
+step takes TILE_K / BLOCK_IN kept blocks at once, so that enough loads are in flight. One token may be multiplied by
+ordinary arithmetic, up to 16 are by matrix instructions. There the weights are the right operand: its layout in
+registers gives a thread 4 neighbouring bytes of one-byte weights; the left one of Hopper's instruction only 2.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig, next_power_of_two
 from tetris.kernels.epilogue import activate
+from tetris.kernels.widen import widen
 from tetris.layout import ceil_div
 
 
@@ -43,7 +45,7 @@ def linear_decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: block rows x slices of TILE_OUT features. TILE_M is 1 or a matrix instruction's 16."""
+    """Grid: block rows x slices of TILE_OUT features. TILE_M is 1, for sums of products, or a matrix instruction's 16."""
     SLICES: tl.constexpr = (BLOCK_OUT + TILE_OUT - 1) // TILE_OUT
     row = tl.program_id(0) // SLICES
     row_o = (tl.program_id(0) % SLICES) * TILE_OUT + tl.arange(0, TILE_OUT)  # within the block row
@@ -63,7 +65,7 @@ def linear_decode_kernel(
     if TILE_M == 1:
         acc = tl.zeros((TILE_OUT, TILE_K), tl.float32)
     else:
-        acc = tl.zeros((TILE_OUT, TILE_M), tl.float32)
+        acc = tl.zeros((TILE_M, TILE_OUT), tl.float32)
     for k0 in tl.range(begin, end, TILE_K, num_stages=STAGES):
         kept = k0 + offs_k < end
         if TILE_K % BLOCK_IN == 0:  # a step begins with a block: the compiler sees which addresses are neighbours
@@ -81,25 +83,25 @@ def linear_decode_kernel(
             channel = tl.load(input_permutation_ptr + channel, mask=mask_k, other=0)
         if TILE_M == 1:
             x = tl.load(x_ptr + channel, mask=mask_k, other=0.0)  # [TILE_K]
-            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            acc += widen(w, tl.float32) * x.to(tl.float32)[None, :]
         else:
             x_offsets = offs_m[:, None] * stride_xm + channel[None, :]
             x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [TILE_M, TILE_K]
-            acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION)
+            acc = tl.dot(x, widen(w, x.dtype).T, acc, input_precision=PRECISION)
     if TILE_M == 1:
-        sums = tl.sum(acc, 1)[:, None]
+        sums = tl.sum(acc, 1)[None, :]
     else:
         sums = acc
 
     if scales_ptr is not None:
-        sums *= scale[:, None]
+        sums *= scale[None, :]
     if bias_ptr is not None:
-        sums += bias[:, None]
+        sums += bias[None, :]
     stored_o = offs_o
     if output_permutation_ptr is not None:
         stored_o = tl.load(output_permutation_ptr + offs_o, mask=mask_o, other=0)
-    offsets = offs_m[None, :] * N + stored_o[:, None]  # [TILE_OUT, TILE_M]
-    mask = mask_o[:, None] & mask_m[None, :]
+    offsets = offs_m[:, None] * N + stored_o[None, :]  # [TILE_M, TILE_OUT]
+    mask = mask_m[:, None] & mask_o[None, :]
     if residual_ptr is not None:
         sums += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, activate(sums, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
@@ -125,7 +127,8 @@ def block_sparse_linear(
 
     Args:
         config: ``tile_out`` features a program (0 = the block row's), ``tile_k`` inputs a step (a multiple of the
-            block's joins several kept blocks), ``num_warps``, ``num_stages``.
+            block's joins several kept blocks), ``num_warps``, ``num_stages``; ``tile_tokens`` 1 multiplies one token
+            without matrix instructions.
     Cost:
         2 * tokens * kept weights FLOP; reads the kept weights once.
     """
@@ -156,7 +159,7 @@ def block_sparse_linear(
         rows.stride(0),
         BLOCK_OUT=block_out,
         BLOCK_IN=block_in,
-        TILE_M=1 if tokens == 1 else next_power_of_two(tokens, 16),
+        TILE_M=1 if tokens == config.tile_tokens == 1 else next_power_of_two(tokens, 16),
         TILE_OUT=tile_out,
         TILE_K=config.tile_k or next_power_of_two(block_in, 16),
         ACTIVATION=activation,

@@ -20,6 +20,7 @@ from tetris.kernels.configs import LinearConfig
 from tetris.kernels.descriptors import describable, describe
 from tetris.kernels.epilogue import add_bias, scale_rows, store_rows
 from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule
+from tetris.kernels.widen import widen
 from tetris.layout import ceil_div
 
 
@@ -82,7 +83,7 @@ def linear_split_kernel(
         k = (step % SPLIT_K) * TILE_K
         x = x_desc.load([m0, tl.load(record + HEAD + block) + k])  # [TILE_M, TILE_K]
         w = w_desc.load([(first_block + block) * BLOCK_OUT + (out_tile % SPLIT_OUT) * TILE_OUT, k])
-        acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision=PRECISION)
+        acc = tl.dot(widen(w, x.dtype), x.T, acc, input_precision=PRECISION)
 
     offs_o = out_tile * TILE_OUT + tl.arange(0, TILE_OUT)
     offs_m = m0 + tl.arange(0, TILE_M)

@@ -52,12 +52,12 @@ def test_products_use_matrix_instructions(target):
 
 
 def test_hopper_multiplies_asynchronously_and_in_parallel():
-    """Blocks of 64 outputs or more use wgmma, and ptxas does not serialise it (warning C7515)."""
+    """Blocks of 64 outputs or more use wgmma, except for few tokens, and ptxas does not serialise it (C7515)."""
     products = [
         (case, k) for case, kernels in report("90").items() for k in kernels if k["name"].split("_")[0] != "permute"
     ]
     wide = [(case, k) for case, k in products if "32x32" not in case and "25x10" not in case and k["mma"]]
-    assert [case for case, k in wide if k["wgmma"] == 0] == []
+    assert [case for case, k in wide if k["wgmma"] == 0 and k["name"] != "linear_decode_kernel"] == []
     assert [case for case, k in products if k["serialized"]] == []
 
 

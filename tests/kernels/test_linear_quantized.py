@@ -19,6 +19,7 @@ EVERYTHING = ("bias", "residual", "input", "output")
 DESCRIPTORS = LinearConfig(tile_tokens=16, tile_k=16)
 POINTERS = LinearConfig(tile_tokens=16, tile_k=32, descriptors=False, permute_first=False)
 DECODE = LinearConfig(kernel="decode", tile_out=16, tile_k=64, num_stages=1)
+ONE = LinearConfig(kernel="decode", tile_tokens=1, tile_out=16, tile_k=64, num_stages=1)
 
 CASES = [
     ({}, DESCRIPTORS),
@@ -26,8 +27,9 @@ CASES = [
     ({"out_features": 69, "in_features": 39, "extras": ()}, DESCRIPTORS),
     ({"out_features": 50, "in_features": 20, "block": (25, 10)}, POINTERS),
     ({"tokens": (1,)}, DECODE),
+    ({"tokens": (1,)}, ONE),
     ({"tokens": (5,), "out_features": 72, "in_features": 40, "extras": EVERYTHING, "activation": "silu"}, DECODE),
-    ({"tokens": (1,), "out_features": 50, "in_features": 20, "block": (25, 10), "extras": ()}, DECODE),
+    ({"tokens": (1,), "out_features": 50, "in_features": 20, "block": (25, 10), "extras": ()}, ONE),
 ]
 
 
