@@ -134,6 +134,15 @@ def test_tiles_are_ranked_and_all_of_them_run():
     assert ranked_configs(changed(c_in=3), H200) == []
 
 
+def test_large_inputs_are_fetched_by_sectors_where_half_of_them_is_pruned():
+    large = changed(c_in=64, c_out=64, height=224, width=224, block=(64, 16), n_blocks=1)
+    assert ranked_configs(large, H200)[0].fetch == "sectors"
+    for other in ({"n_blocks": 3}, {"batch": 8}, {"c_out": 128, "n_blocks": 2}):
+        assert ranked_configs(dataclasses.replace(large, **other), H200)[0].fetch == "lines"
+    config = dataclasses.replace(ranked_configs(large, H200)[0], tile_h=4, tile_w=4)
+    assert "sectors" in (supports(dataclasses.replace(large, stride=(2, 2)), H200, config) or "")
+
+
 def test_a_larger_batch_is_estimated_to_take_longer():
     config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4)
     estimates = [estimated_cycles(p, complete_tile(p, config), H200) for p in (changed(batch=b) for b in (16, 64, 256))]
