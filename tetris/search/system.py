@@ -35,7 +35,7 @@ class Concatenation:
 class Use(NamedTuple):
     """Where a partition orders channels: a problem, one of its dimensions, and the channels along it."""
 
-    index: int
+    problem: int
     dim: int
     units: slice
 
@@ -115,7 +115,7 @@ class System:
     def _partition(self, key: Key, order: torch.Tensor | None) -> Partition:
         """Groups = runs of positions that no problem can tell apart: the common refinement of all block grids."""
         uses = self.uses(key)
-        blocks = torch.cat([self.problems[use.index].blocks_of_unit(use.dim)[use.units] for use in uses], dim=1)
+        blocks = torch.cat([self.problems[use.problem].blocks_of_unit(use.dim)[use.units] for use in uses], dim=1)
         starts = torch.ones(len(blocks), dtype=torch.bool, device=blocks.device)
         starts[1:] = (blocks[1:] != blocks[:-1]).any(1)
         offsets = torch.cat([starts.nonzero()[:, 0], starts.new_tensor([len(blocks)], dtype=torch.int64)])
@@ -208,8 +208,8 @@ class System:
 
     def shares_itself(self, key: Key) -> bool:
         """Whether a problem has ``key`` on both dimensions: its M-step is then only a linearisation."""
-        indices = [(use.index, use.dim) for use in self.uses(key)]
-        return any((index, 1 - dim) in indices for index, dim in indices)
+        uses = {(use.problem, use.dim) for use in self.uses(key)}
+        return any((problem, 1 - dim) in uses for problem, dim in uses)
 
     def snapshot(self) -> dict[Key, torch.Tensor]:
         """A copy of every order."""
