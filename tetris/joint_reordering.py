@@ -20,7 +20,6 @@ from tetris.search.methods import METHODS, check_options
 from tetris.search.system import BlockProblem, Concatenation, Key, System, total_of
 from tetris.search.threads import torch_threads_for_numba
 
-
 Group = Key | Concatenation | None
 """Who orders a dimension."""
 
