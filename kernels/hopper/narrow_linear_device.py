@@ -15,7 +15,9 @@ both operands there would take half as long again as the product.
 A weight tile is fetched as rows of 128 bytes, each of them 64 / TILE_K rows of the block side by side, because the copy
 engine takes as long for a shorter row. It stores the 16-byte pieces of row i in the order ``piece ^ i % 8``; read as
 the tile [N, TILE_K] in wgmma's own swizzle, the pieces within a row of the tile come out in order, only rows (outputs)
-have changed places: at n stands output ``n ^ (n >> 3) % (64 / TILE_K)``. ``_consumer`` undoes that on the store.
+have changed places: at n stands output ``n ^ (n >> 3) % (64 / TILE_K)``. The epilogue undoes that, bit 0 by naming
+registers differently, bit 1 by the layout of the tile that it writes; a layout for both comes out wrong (Triton 3.6,
+3.7: it adds the offsets of two registers that share a bit).
 """
 
 from __future__ import annotations
@@ -49,15 +51,14 @@ def _producer(
     ITEM: gl.constexpr = xbuf.dtype.primitive_bitwidth // 8
     W_BYTES: gl.constexpr = wbuf.shape[1] * 64 * ITEM
     WIDTH: gl.constexpr = 3 + SLOTS
-    before = 0
-    mine = WHO
+    before = 0  # stages of the tasks before
     for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
         task = gl.load(tasks + position)
         group = groups + (task % n_groups) * 4
         token = (task // n_groups) * TILE_M
         first = entries + gl.load(group) * WIDTH
         n_stages = gl.load(group + 1)
-        for i in range(mine, n_stages, PRODUCERS):
+        for i in range((WHO + (PRODUCERS - 1) * before) % PRODUCERS, n_stages, PRODUCERS):
             entry = first + i * WIDTH
             k = gl.load(entry)
             count = gl.load(entry + 1)
@@ -74,7 +75,6 @@ def _producer(
                 target = wbuf.index(st * SLOTS + slot)
                 tma.async_copy_global_to_shared(w_desc, [lines[slot], 0], bar, target, pred=slot < count)
         before += n_stages
-        mine = (mine + (PRODUCERS - 1) * n_stages) % PRODUCERS
 
 
 @gluon.jit
@@ -100,12 +100,20 @@ def _multiply(sums, x, wbuf, slot, mask, N: gl.constexpr, STRIPS: gl.constexpr, 
 
 
 @gluon.jit
-def _output_tile(sums, c: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Output tile c [64, 64] of the strips' sums; moves no data between threads."""
+def _output_tile(sums, c: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Output tile c [64, 64] of the strips' sums, n there being output n ^ (n >> 3) % (64 / TILE_K) & 2.
+
+    Moves no data between threads.
+    """
     if N == 64:
         tile = sums[c]
     else:
         both = gl.permute(gl.join(sums[2 * c], sums[2 * c + 1]), (0, 2, 1))
+        tile = gl.convert_layout(gl.reshape(both, (64, 64)), LAYOUT)
+    if TILE_K < 64:  # where bit 3 of n is set, neighbours n and n ^ 1 have changed places
+        same, swapped = gl.split(gl.permute(gl.reshape(tile, (64, 4, 2, 4, 2)), (0, 1, 3, 4, 2)))
+        left, right = gl.split(swapped)
+        both = gl.permute(gl.join(same, gl.join(right, left)), (0, 1, 4, 2, 3))
         tile = gl.convert_layout(gl.reshape(both, (64, 64)), LAYOUT)
     return tile
 
@@ -120,12 +128,11 @@ def _consumer(
     WIDTH: gl.constexpr = 3 + SLOTS
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     TILE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    SWAP_8: gl.constexpr = 9 if TILE_K <= 32 else 8
-    SWAP_16: gl.constexpr = 18 if TILE_K == 16 else 16
+    N_16: gl.constexpr = 18 if TILE_K == 16 else 16  # where bit 4 of n is set, bit 1 is flipped
     OUTPUT: gl.constexpr = gl.SharedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, SWAP_8], [0, SWAP_16], [0, 32], [1, SWAP_8], [2, SWAP_16], [4, 32],
-         [8, 0], [16, 0], [32, 0]], alignment=1024,
-    )  # fmt: skip
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, N_16], [0, 32], [1, 8], [2, N_16], [4, 32], [8, 0], [16, 0], [32, 0]],
+        alignment=1024,
+    )
     it = 0
     residual_phase = 0
     for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
@@ -136,13 +143,8 @@ def _consumer(
         feature, end = gl.load(group + 2), gl.load(group + 3)
         mask = gl.load(entry + 2)
         sums = ()
-        for s in gl.static_range(STRIPS):
-            start = gl.zeros((64, N), gl.float32, ACC)
-            if HAS_BIAS:  # here, where registers are free, it costs none
-                n = gl.arange(0, N, gl.SliceLayout(0, ACC))
-                out = feature + s * N + (n ^ ((n >> 3) % (64 // TILE_K)))
-                start += gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)[None, :]
-            sums = sums + (start,)  # type: ignore[assignment]  # noqa: RUF005
+        for _ in gl.static_range(STRIPS):
+            sums = sums + (gl.zeros((64, N), gl.float32, ACC),)  # type: ignore[assignment]  # noqa: RUF005
         for _ in range(gl.load(group + 1)):
             entry += WIDTH
             next_mask = gl.load(entry + 2)  # of the stage after this one: its latency passes behind the products
@@ -165,8 +167,13 @@ def _consumer(
                 mbarrier.wait(rbar.index(WG), residual_phase)
                 residual_phase ^= 1
             for i in gl.static_range(ROUND):
-                v = _output_tile(sums, tile + i, N, TILE)
+                v = _output_tile(sums, tile + i, N, TILE_K, TILE)
                 slot = ybuf.index(WG * ROUND + i)._reinterpret(xbuf.dtype, [64, 64], OUTPUT)
+                if HAS_BIAS:  # one load a thread: the addresses of all would not fit into the registers
+                    n = gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
+                    out = feature + 64 * (tile + i) + (n ^ ((n >> 3) & (2 if TILE_K == 16 else 0)))
+                    b = gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)
+                    v += gl.convert_layout(b, gl.SliceLayout(0, TILE))[None, :]
                 if HAS_RESIDUAL:
                     v += slot.load(TILE).to(gl.float32)
                 slot.store(activate(v, ACTIVATION).to(xbuf.dtype))
