@@ -45,7 +45,7 @@ def linear_decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: block rows x slices of TILE_OUT features. TILE_M is 1, for sums of products, or a matrix instruction's 16."""
+    """Grid: block rows x slices of TILE_OUT features. TILE_M: 1, for sums of products, or a matrix instruction's 16."""
     SLICES: tl.constexpr = (BLOCK_OUT + TILE_OUT - 1) // TILE_OUT
     row = tl.program_id(0) // SLICES
     row_o = (tl.program_id(0) % SLICES) * TILE_OUT + tl.arange(0, TILE_OUT)  # within the block row
