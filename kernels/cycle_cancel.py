@@ -152,7 +152,7 @@ def cancel_cycles_kernel(
 
 
 def cancel_cycles(
-    values: torch.Tensor, order: torch.Tensor, edge: int, tolerance: float, *, processors: int
+    values: torch.Tensor, order: torch.Tensor, edge: int, tolerance: torch.Tensor, *, processors: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Improve an assignment until no cycle of moves gains more than rounding.
 
@@ -160,7 +160,7 @@ def cancel_cycles(
         values: float32 or float64 [n, R], contiguous; the importance that each slice keeps in each group.
         order: int64 [n]; the slice at every position. Changed in place.
         edge: positions a group; the last group may be smaller.
-        tolerance: gains up to it are rounding.
+        tolerance: float64, one number on the device; gains up to it are rounding.
         processors: programs that may run at the same time; 1 in the interpreter.
     Returns:
         int64 [3] on the device (moves, passes, 1 = it ended) and the prices, float64 [R], that prove optimality.
@@ -174,12 +174,12 @@ def cancel_cycles(
     tile, tile_r = next_power_of_two(edge), next_power_of_two(R)
     leave = torch.empty(R, R, dtype=torch.float64, device=device)
     who = torch.empty(R, R, dtype=torch.int32, device=device)
-    order32 = order.to(torch.int32)
+    orders = torch.empty(programs, n, dtype=torch.int32, device=device)
+    orders.copy_(order)
     block = min(tile_r, max(1, 4096 // tile))
     best_leavers_kernel[(R, ceil_div(R, block))](
-        values, order32, leave, who, n, R, EDGE=edge, TILE=tile, TILE_R=block, num_warps=4
+        values, orders, leave, who, n, R, EDGE=edge, TILE=tile, TILE_R=block, num_warps=4
     )
-    orders = order32.repeat(programs, 1)
     prices = torch.zeros(2, R, dtype=torch.float64, device=device)
     result = torch.zeros(3, dtype=torch.int64, device=device)
     cancel_cycles_kernel[(programs,)](
@@ -193,7 +193,7 @@ def cancel_cycles(
         torch.zeros(programs, tile_r, dtype=torch.int32, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
         result,
-        torch.full((1,), tolerance, dtype=torch.float64, device=device),
+        tolerance,
         n,
         R,
         MAX_PASSES,

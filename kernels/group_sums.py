@@ -18,6 +18,8 @@ GATHERED = 4096
 ROWS_IN_CACHE = 2
 """Long rows that a multiprocessor works on at a time: more would evict each other from its cache."""
 SHORT_ROW_BYTES = 32768
+NARROWED = 4096
+"""An order longer than this is worth a launch that halves its bytes."""
 
 
 @triton.jit
@@ -68,7 +70,8 @@ def group_sums(x: torch.Tensor, order: torch.Tensor, group: int, *, dim: int, pr
     """
     M, N = x.shape
     n_groups = ceil_div(x.shape[dim], group)
-    order = order.to(torch.int32)
+    if len(order) > NARROWED:
+        order = order.to(torch.int32)
     if dim == 0:
         y = x.new_empty(n_groups, N)
         tile = min(TILE_COLUMNS, next_power_of_two(N))

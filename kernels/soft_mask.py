@@ -77,7 +77,8 @@ def soft_mask(
     mask = torch.empty_like(block_sums)
     N = block_sums.numel()
     tile = min(MAX_TILE, next_power_of_two(N))
+    warps = max(1, min(16, tile // 256))
     soft_mask_kernel[(1,)](
-        block_sums, noise, mask, temperature, N, n_keep, noisiness, HALVINGS=HALVINGS, TILE=tile, num_warps=16
+        block_sums, noise, mask, temperature, N, n_keep, noisiness, HALVINGS=HALVINGS, TILE=tile, num_warps=warps
     )
     return mask

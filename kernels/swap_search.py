@@ -22,8 +22,6 @@ from tetris.kernels.configs import next_power_of_two
 from tetris.kernels.grid_barrier import grid_barrier
 from tetris.layout import ceil_div
 
-LOWEST = -1e30
-"""Less than any gain; exact in float32, so that it compares equal to itself."""
 UNKNOWN = -1
 """The key of an upper bound. Keys are i * 2^32 + j of the positions swapped: the smallest wins a tie."""
 NO_KEY = 2**62
@@ -74,6 +72,19 @@ def best_leavers_kernel(
     first = tl.min(tl.where(gain == best[None, :], position[:, None], 2147483647), axis=0)
     tl.store(leave_ptr + g * R + towards, best, mask=mask_k)
     tl.store(who_ptr + g * R + towards, first, mask=mask_k)
+
+
+@triton.jit
+def pair_gains_kernel(leave_ptr, gain_ptr, bound_ptr, R, TILE_R: tl.constexpr):
+    """gain[g, h] = leave[g, h] + leave[h, g] for g < h, else -1e30, and every row's maximum. Grid: groups g."""
+    g = tl.program_id(0)
+    h = tl.arange(0, TILE_R)
+    later = (h < R) & (h > g)
+    there = tl.load(leave_ptr + g * R + h, mask=later, other=0.0)
+    back = tl.load(leave_ptr + h * R + g, mask=later, other=0.0)
+    gain = tl.where(later, there + back, -1e30)
+    tl.store(gain_ptr + g * R + h, gain, mask=h < R)
+    tl.store(bound_ptr + g, tl.max(gain, axis=0))
 
 
 @triton.jit
@@ -252,20 +263,20 @@ def swap_search(
     values: torch.Tensor,
     order: torch.Tensor,
     edge: int,
-    epsilon: float,
+    epsilon: torch.Tensor,
     *,
     config: SwapSearchConfig,
     trace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Greedy swaps of the largest gain until no gain exceeds ``epsilon``: eqs. 8 to 11 on groups of ``edge`` positions.
 
-    Ties go to the smallest position i, then the smallest j.
+    Nothing waits for the GPU. Ties go to the smallest position i, then the smallest j.
 
     Args:
         values: float32 or float64 [n, R], contiguous; the importance that each slice keeps in each group.
         order: int64 [n]; the slice at every position. Changed in place.
         edge: positions a group; the last group may be smaller.
-        epsilon: smallest gain worth a swap, in units of importance.
+        epsilon: one number of values' dtype on the device; smallest gain worth a swap, in units of importance.
         trace: int64 [any, 2] on the device; receives the positions (i, j) of the first swaps.
     Returns:
         int64 [2] on the device: the number of swaps and of barriers.
@@ -279,29 +290,28 @@ def swap_search(
     who = torch.empty(R, R, dtype=torch.int32, device=device)
     tile = next_power_of_two(edge)
     tile_r = min(next_power_of_two(R), max(1, 4096 // tile))
-    order32 = order.to(torch.int32)
+    orders = torch.empty(programs, n, dtype=torch.int32, device=device)
+    orders.copy_(order)
     best_leavers_kernel[(R, ceil_div(R, tile_r))](
-        values, order32, leave, who, n, R, EDGE=edge, TILE=tile, TILE_R=tile_r, num_warps=4
+        values, orders, leave, who, n, R, EDGE=edge, TILE=tile, TILE_R=tile_r, num_warps=4
     )
-    later = torch.ones(R, R, dtype=torch.bool, device=device).triu(1)
-    gain = torch.where(later, leave + leave.T, LOWEST)
-    orders = order32.repeat(programs, 1)
-    swaps = torch.zeros(2, dtype=torch.int64, device=device)
-    trace = torch.empty(0, 2, dtype=torch.int64, device=device) if trace is None else trace
+    gain, bound = torch.empty_like(leave), values.new_empty(R)
+    pair_gains_kernel[(R,)](leave, gain, bound, R, TILE_R=next_power_of_two(R), num_warps=4)
+    state = torch.zeros(3, dtype=torch.int64, device=device)  # swaps, barriers, and the barriers' counter
     swap_search_kernel[(programs,)](
         values,
         orders,
         leave,
         who,
         gain,
-        gain.max(1).values,
+        bound,
         values.new_empty(2, programs),
         torch.empty(2, programs, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-        swaps,
-        trace,
-        torch.full((1,), epsilon, dtype=values.dtype, device=device),
-        len(trace),
+        state[2:].view(torch.int32),
+        state,
+        state if trace is None else trace,
+        epsilon,
+        0 if trace is None else len(trace),
         n,
         R,
         PROGRAMS=programs,
@@ -314,4 +324,4 @@ def swap_search(
         launch_cooperative_grid=programs > 1,
     )
     order.copy_(orders[0])
-    return swaps
+    return state[:2]

@@ -25,6 +25,7 @@ def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs one program after the other: a grid barrier needs all in one."""
     for module in (sums, greedy, batched, transport):
         monkeypatch.setattr(module, "processors", lambda device: 1)
+    monkeypatch.setattr("tetris.kernels.pair_split.RESIDENT_WARPS", 1)
 
 
 def values_of(n: int, groups: int, high: int = 9) -> torch.Tensor:
@@ -78,9 +79,16 @@ def test_nothing_gains_where_there_is_nothing() -> None:
 
 def test_sweeps_make_the_same_swaps() -> None:
     values, here, there = values_of(24, 6), blocks(24, 4), blocks(24, 4)
-    swaps = batched.batched(values, here)
-    assert batched.batched(on_gpu(values), there) == swaps > 0
+    players, epsilon = torch.arange(6), values.new_zeros(())
+    swaps = batched.sweep(values, here, players, 0, 5, epsilon)
+    assert batched.sweep(on_gpu(values), there, players, 0, 5, epsilon) == swaps > 0
     assert torch.equal(here.order, there.order)
+
+
+def test_batched_steps_leave_no_swap() -> None:
+    values, here, there = values_of(24, 6), blocks(24, 4), blocks(24, 4)
+    assert batched.batched(on_gpu(values), there) == batched.batched(values, here) > 0
+    assert torch.equal(here.order, there.order) and greedy.greedy(values, here) == 0
     assert batched.batched(values, blocks(4, 4)) == 0
 
 
@@ -119,14 +127,13 @@ class Replays:
 def test_replayed_steps_cool_down_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replayed annealing on CPU tensors, the graph replaced by its own step."""
     monkeypatch.setattr(annealing, "_capture", lambda step, generator: Replays(step))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     matrix = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).abs()
     system = System([BlockProblem(matrix, (8, 8), 6)])
     keys, seen = list(system.partitions), []
     draws = torch.Generator().manual_seed(0)
     before = system.retained(system.expectation()[1])
-    steps = annealing._anneal_by_replay(system, keys, 40, 0, 0.5, draws, lambda step, kept: seen.append((step, kept)))
-    assert steps == 40 and [step for step, _ in seen] == list(range(2, 40, 2))
+    annealing._anneal_by_replay(system, keys, 40, 0, 0.5, draws, lambda step, kept: seen.append((step, kept)))
+    assert [step for step, _ in seen] == list(range(2, 40, 2))
     assert system.retained(system.expectation()[1]) == pytest.approx(seen[-1][1], rel=0.1)
     assert seen[-1][1] > before
     for key in keys:

@@ -54,7 +54,8 @@ def test_swap_search_makes_the_paper_s_swaps(n, edge, high, device):
     for config in layouts:
         order = torch.arange(n, device=device)
         trace = torch.full((200, 2), -1, device=device)
-        swaps = swap_search(values.to(device), order, edge, 0.0, config=config, trace=trace)
+        epsilon = torch.zeros((), dtype=values.dtype, device=device)
+        swaps = swap_search(values.to(device), order, edge, epsilon, config=config, trace=trace)
         assert torch.equal(trace.cpu(), expected) and int(swaps[0]) == count
         assert torch.equal(order.cpu(), partition.order)
 
@@ -71,24 +72,48 @@ def test_swap_search_makes_the_paper_s_swaps_at_full_size(n, edge, groups_per_pr
     count = greedy(values, partition, expected)
     for dtype in (torch.float64, torch.float32):
         order, trace = torch.arange(n, device=device), torch.full((20000, 2), -1, device=device)
-        config = SwapSearchConfig(groups_per_program)
-        swaps = swap_search(values.to(device, dtype), order, edge, 0.0, config=config, trace=trace)
+        config, epsilon = SwapSearchConfig(groups_per_program), torch.zeros((), dtype=dtype, device=device)
+        swaps = swap_search(values.to(device, dtype), order, edge, epsilon, config=config, trace=trace)
         assert int(swaps[0]) == count and torch.equal(trace.cpu(), expected)
 
 
+@pytest.fixture
+def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after the other: pairs that wait for each other need all in one."""
+    from tetris.kernels import pair_split
+
+    if not HAS_GPU:
+        monkeypatch.setattr(pair_split, "RESIDENT_WARPS", 1)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize(("n", "edge", "high"), [(24, 4, 1000), (24, 4, 5), (23, 4, 4), (40, 7, 9), (16, 8, 3)])
-def test_tournament_matches_the_compiled_loops(n, edge, high, device):
+def test_tournament_matches_the_compiled_loops(n, edge, high, uniform, device, one_program):
     from tetris.kernels.pair_split import play_tournament
     from tetris.search.batched import sweep
 
     values = integer_values(n, ceil_div(n, edge), high, n)
     partition = blocks(n, edge)
     players = torch.randperm(partition.n_groups, generator=torch.Generator().manual_seed(2))
-    swaps = sweep(values, partition, players, 3, 5, 0.0)
-    order = torch.arange(n, dtype=torch.int32, device=device)
-    tables = [t.to(device, torch.int32) for t in (partition.offsets, players)]
-    made = play_tournament(values.to(device), order, *tables, 3, 5, 0.0, capacity=edge, programs=100 if HAS_GPU else 1)
-    assert int(made) == swaps and torch.equal(order.cpu().long(), partition.order)
+    epsilon = values.new_zeros(())
+    swaps = sweep(values, partition, players, 3, 5, epsilon)
+    operands = [t.to(device) for t in (values, torch.arange(n), partition.offsets, players)]
+    made = play_tournament(*operands, 3, 5, epsilon.to(device), capacity=edge, processors=1, uniform=uniform)
+    assert int(made) == swaps and torch.equal(operands[1].cpu(), partition.order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "n_keep", "high"), [(1, 1, 9), (70, 20, 1000), (70, 20, 3), (70, 70, 5), (300, 1, 2), (9000, 2500, 50)]
+)
+def test_hard_mask_keeps_the_largest_and_of_ties_the_first(n, n_keep, high, dtype, device):
+    from tetris.kernels.hard_mask import hard_mask
+    from tetris.pruning import keep_largest
+
+    sums = torch.randint(0, high, (n,), generator=torch.Generator().manual_seed(n)).to(dtype) / 4
+    mask, kept = hard_mask(sums.to(device), n_keep)
+    assert torch.equal(mask.cpu(), keep_largest(sums, n_keep))
+    assert float(kept) == float(sums[mask.cpu()].sum())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +143,8 @@ def test_cancelled_cycles_leave_an_optimum(n, edge, high, device):
     exact(values, partition)
     best = float(values.gather(1, partition.labels()[:, None]).sum())
     order = torch.arange(n, device=device)
-    result, prices = cancel_cycles(values.to(device), order, edge, 1e-9, processors=3 if HAS_GPU else 1)
+    tolerance = torch.full((), 1e-9, dtype=torch.float64, device=device)
+    result, prices = cancel_cycles(values.to(device), order, edge, tolerance, processors=3 if HAS_GPU else 1)
     found = Partition(order.cpu(), partition.offsets)
     assert torch.equal(found.order.sort().values, torch.arange(n)) and int(result[2]) == 1
     assert float(values.gather(1, found.labels()[:, None]).sum()) == pytest.approx(best, abs=1e-6)

@@ -15,6 +15,7 @@ def launch_all() -> None:
     """Every kernel of the search on empty operands of real sizes: fc6 and a 512-channel layer in 32x32 blocks."""
     from tetris.kernels.cycle_cancel import cancel_cycles
     from tetris.kernels.group_sums import group_sums
+    from tetris.kernels.hard_mask import hard_mask
     from tetris.kernels.pair_split import play_tournament
     from tetris.kernels.soft_mask import soft_mask
     from tetris.kernels.swap_search import default_swap_search_config, swap_search
@@ -23,10 +24,12 @@ def launch_all() -> None:
         group_sums(torch.zeros(512, 25088), torch.arange(n), 32, dim=dim, processors=132)
     for n, groups in ((25088, 784), (512, 16)):
         values, order = torch.zeros(n, groups), torch.arange(n)
-        swap_search(values, order, 32, 0.0, config=default_swap_search_config(groups, 132))
-        cancel_cycles(values, order, 32, 1e-9, processors=132)
-        offsets, players = torch.arange(0, n + 32, 32).int(), torch.arange(groups).int()
-        play_tournament(values, order.int(), offsets, players, 0, 9, 0.0, capacity=32, programs=132)
+        epsilon = torch.zeros(())
+        swap_search(values, order, 32, epsilon, config=default_swap_search_config(groups, 132))
+        cancel_cycles(values, order, 32, epsilon.double(), processors=132)
+        offsets, players = torch.arange(0, n + 32, 32), torch.arange(groups)
+        play_tournament(values, order, offsets, players, 0, 9, epsilon, capacity=32, processors=132)
+    hard_mask(torch.zeros(128, 784), 4000)
     soft_mask(torch.zeros(128, 784), torch.zeros(128, 784), 4000, torch.zeros(1), 2.0)
 
 

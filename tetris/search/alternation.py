@@ -11,8 +11,9 @@ import torch
 from tetris.search.partition import Partition
 from tetris.search.system import Key, System
 
-MStep = Callable[[torch.Tensor, Partition], int]
-"""Improves a partition for given values [n, R] in place; returns how many swaps (or moves) that took, 0 = no change."""
+MStep = Callable[[torch.Tensor, Partition], "int | torch.Tensor"]
+"""Improves a partition for given values [n, R] in place; returns how many swaps (or moves) that took, on a GPU perhaps
+as a tensor that nobody has waited for."""
 
 Progress = Callable[[int, float], None]
 """Called after every outer step with the number of steps done and the retained fraction so far."""
@@ -41,7 +42,7 @@ def alternate(
     budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Alternate E- and M-steps until no M-step changes anything or the kept importance stops rising.
+    """Alternate E- and M-steps until the kept importance stops rising. On a GPU only an E-step is waited for.
 
     Args:
         system: its partitions change in place.
@@ -51,23 +52,22 @@ def alternate(
         the number of swaps of all M-steps.
     """
     budget = budget or Budget()
-    swaps, step, best = 0, 0, -1.0
+    swaps: int | torch.Tensor = 0
+    step, best = 0, -1.0
     while True:
         masks, kept = system.expectation()
         if progress is not None:
             progress(step, system.retained(kept))
         if kept <= best or budget.spent:
-            return swaps
-        best, step, before = kept, step + 1, swaps
+            return int(swaps)
+        best, step = kept, step + 1
         for key in keys:
-            swaps += improve(system, key, masks, m_step)
+            swaps = swaps + improve(system, key, masks, m_step)
             if budget.spent:
-                return swaps
-        if swaps == before:
-            return swaps
+                return int(swaps)
 
 
-def improve(system: System, key: Key, masks: list[torch.Tensor], m_step: MStep) -> int:
+def improve(system: System, key: Key, masks: list[torch.Tensor], m_step: MStep) -> int | torch.Tensor:
     """One M-step (eq. 8) along ``key``; returns the number of swaps.
 
     Where a matrix has the same key on both sides its values are a linearisation: a step that lowers the kept importance
@@ -83,8 +83,7 @@ def improve(system: System, key: Key, masks: list[torch.Tensor], m_step: MStep) 
         if _kept_under(system, masks) <= before:
             partition.order.copy_(previous)
             swaps = 0
-    if swaps:
-        system.changed(key)
+    system.changed(key)
     return swaps
 
 

@@ -12,7 +12,8 @@ the beginning is forgotten anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -71,17 +72,13 @@ def anneal(
     Cost:
         a step reads every matrix twice and every value about twice.
     """
-    draws = torch.Generator().manual_seed(seed)
-    if shuffle:
-        for key in keys:
-            partition = system.partitions[key]
-            partition.order.copy_(torch.randperm(len(partition.order), generator=draws))
-            system.changed(key)
     budget = budget or Budget()
     if not keys:
         return 0
-    if system.problems[0].matrix.is_cuda and budget.seconds is None:
-        return _anneal_by_replay(system, keys, steps, seed, hottest, draws, progress)
+    if _replays(system, budget):
+        with annealing(system, keys, steps, seed, hottest, shuffle, budget, progress):
+            return steps
+    draws = _draws(system, keys, seed, shuffle)
     generator = torch.Generator(system.problems[0].matrix.device).manual_seed(seed)
     step, done = 0, 0.0
     while done <= 1:
@@ -94,6 +91,49 @@ def anneal(
         if budget.seconds is not None:
             done = max(done, budget.elapsed / (_SHARE_OF_BUDGET * budget.seconds))
     return step
+
+
+@contextmanager
+def annealing(
+    system: System,
+    keys: Sequence[Key],
+    steps: int,
+    seed: int,
+    hottest: float = HOTTEST,
+    shuffle: bool = True,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+) -> Iterator[None]:
+    """:func:`anneal` while the body runs: on a GPU on a stream of its own; otherwise after it, in the time left."""
+    if not keys or not _replays(system, budget):
+        yield
+        anneal(system, keys, steps, seed, hottest, shuffle, budget, progress)
+        return
+    beside = torch.cuda.Stream(system.problems[0].matrix.device)
+    beside.wait_stream(torch.cuda.current_stream(beside.device))
+    with torch.cuda.stream(beside):
+        graph = _anneal_by_replay(system, keys, steps, seed, hottest, _draws(system, keys, seed, shuffle), progress)
+    try:
+        yield
+    finally:
+        beside.synchronize()
+        del graph  # its memory was in use until now
+
+
+def _replays(system: System, budget: Budget | None) -> bool:
+    """Whether steps are captured and replayed; against the clock they are made one by one."""
+    return system.problems[0].matrix.is_cuda and (budget is None or budget.seconds is None)
+
+
+def _draws(system: System, keys: Sequence[Key], seed: int, shuffle: bool) -> torch.Generator:
+    """The host's random numbers, of which the random start takes the first."""
+    draws = torch.Generator().manual_seed(seed)
+    if shuffle:
+        for key in keys:
+            partition = system.partitions[key]
+            partition.order.copy_(torch.randperm(len(partition.order), generator=draws))
+            system.changed(key)
+    return draws
 
 
 def _step(
@@ -116,7 +156,7 @@ def _step(
         partition = system.partitions[key]
         if partition.n_groups > 1:
             values, turns = system.values(key, masks, exact=False), turns_of_sweep(partition.n_groups)
-            sweep(values, partition, players[key].to(device), 0, turns, 0.0)
+            sweep(values, partition, players[key].to(device), 0, turns, values.new_zeros(()))
             system.changed(key)
 
 
@@ -128,10 +168,13 @@ def _anneal_by_replay(
     hottest: float,
     draws: torch.Generator,
     progress: Progress | None,
-) -> int:
-    """The same on a GPU: a step is captured once as a CUDA graph and replayed, which spares its launches' time.
+) -> torch.cuda.CUDAGraph:
+    """Queue all steps on the current stream: one is captured as a CUDA graph and replayed, without launches' times.
 
     What differs from step to step lies in tables on the GPU: temperatures and the order of play.
+
+    Returns:
+        the graph, to be kept until the stream is through.
     """
     device = system.problems[0].matrix.device
     cooling = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
@@ -150,25 +193,26 @@ def _anneal_by_replay(
         at.add_(1)
 
     step()  # compiles the kernels
-    if steps > 1:
-        graph = _capture(step, generator)
-        for done in range(1, steps):
-            graph.replay()
-            if progress is not None and done % max(1, steps // 20) == 0:
-                system.forget()
-                progress(done, system.retained(system.expectation()[1]))
-        torch.cuda.synchronize(device)
+    graph = _capture(step, generator)
+    for done in range(1, steps):
+        graph.replay()
+        if progress is not None and done % max(1, steps // 20) == 0:
+            system.forget()
+            progress(done, system.retained(system.expectation()[1]))
     system.forget()
-    return steps
+    return graph
 
 
 def _capture(step: Callable[[], None], generator: torch.Generator) -> torch.cuda.CUDAGraph:
-    """``step`` as a CUDA graph. Like ``torch.cuda.graph`` without its garbage collection, which takes 0.1 s."""
+    """``step`` as a CUDA graph, whatever other threads do meanwhile.
+
+    Like ``torch.cuda.graph`` without its garbage collection, which takes 0.1 s.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     graph.register_generator_state(generator)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")
         step()
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)

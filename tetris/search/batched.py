@@ -2,14 +2,15 @@
 
 Swaps in different groups do not touch each other's gains, so the gains of disjoint pairs add exactly. A *tournament*
 pairs all R groups in R - 1 turns of R / 2 disjoint pairs; each pair is split anew, optimally: its best swaps, until
-none gains. Sweeps of the tournament repeat until one changes nothing: then no swap is left, as with Algorithm 1.
+none gains. One tournament gets nearly all of an M-step's gain in R - 1 steps. Further ones would meet the same pairs
+again for a handful of swaps: the search for the best swap finds those sooner, and leaves none, as Algorithm 1 does.
 """
 
 from __future__ import annotations
 
 import torch
 
-from tetris.search.greedy import smallest_gain
+from tetris.search.greedy import greedy, smallest_gain
 from tetris.search.partition import Partition
 from tetris.search.sums import processors, require_triton
 
@@ -27,14 +28,16 @@ def sweep(
     players: torch.Tensor,
     first_turn: int,
     turns: int,
-    epsilon: float,
+    epsilon: torch.Tensor,
 ) -> int | torch.Tensor:
     """Turns ``first_turn .. first_turn + turns - 1`` of a tournament; ``partition.order`` changes in place.
+
+    Ties go to the slice of the lowest number; every group ends up in the order of its slices' numbers.
 
     Args:
         values: [n, R] importance that each slice keeps in each group, contiguous.
         players: int64 [R]; the group that plays as each contestant, a permutation.
-        epsilon: smallest gain worth a swap.
+        epsilon: one number, values' dtype and device: smallest gain worth a swap.
     Returns:
         the number of swaps; on a GPU a tensor there, so that nothing waits for it.
     Cost:
@@ -45,42 +48,38 @@ def sweep(
     from tetris.search import numba_kernels
 
     play = numba_kernels.sweep_parallel if partition.n_groups >= _PARALLEL_GROUPS else numba_kernels.sweep
-    host = values.numpy()
     order, offsets = partition.order.numpy(), partition.offsets.numpy()
-    return int(play(host, order, offsets, players.numpy(), first_turn, turns, host.dtype.type(epsilon)))
+    return int(play(values.numpy(), order, offsets, players.numpy(), first_turn, turns, epsilon.numpy()[()]))
 
 
 def _sweep_on_gpu(
-    values: torch.Tensor, partition: Partition, players: torch.Tensor, first_turn: int, turns: int, epsilon: float
+    values: torch.Tensor,
+    partition: Partition,
+    players: torch.Tensor,
+    first_turn: int,
+    turns: int,
+    epsilon: torch.Tensor,
 ) -> torch.Tensor:
     require_triton("reorder")
     from tetris.kernels.pair_split import play_tournament
 
-    order = partition.order.to(torch.int32)
-    swaps = play_tournament(
+    return play_tournament(
         values,
-        order,
-        partition.offsets.to(torch.int32),
-        players.to(torch.int32),
+        partition.order,
+        partition.offsets,
+        players,
         first_turn,
         turns,
         epsilon,
         capacity=partition.capacity,
         uniform=partition.edge is not None,
-        programs=processors(values.device),
+        processors=processors(values.device),
     )
-    partition.order.copy_(order)
-    return swaps
 
 
-def batched(values: torch.Tensor, partition: Partition) -> int:
-    """Sweep until no swap gains more than rounding, in place; returns the number of swaps."""
+def batched(values: torch.Tensor, partition: Partition) -> int | torch.Tensor:
+    """A sweep, then the best swap until none gains more than rounding, in place; returns the number of swaps."""
     if partition.n_groups < 2:
         return 0
-    players = torch.arange(partition.n_groups, device=values.device)
-    epsilon, swaps = smallest_gain(values), 0
-    while True:
-        made = int(sweep(values, partition, players, 0, turns_of_sweep(partition.n_groups), epsilon))
-        if not made:
-            return swaps
-        swaps += made
+    turns = turns_of_sweep(partition.n_groups)
+    return sweep(values, partition, partition.groups, 0, turns, smallest_gain(values)) + greedy(values, partition)

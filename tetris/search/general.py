@@ -27,7 +27,7 @@ def swap_slices(kept: torch.Tensor, trace: torch.Tensor | None = None) -> tuple[
 
     record = torch.empty((0, 2), dtype=torch.int64) if trace is None else trace
     positions = torch.arange(len(kept))
-    epsilon = kept.new_tensor(smallest_gain(kept)).item()
+    epsilon = smallest_gain(kept).item()
     contraction = kept.contiguous().cpu().numpy()
     swaps = numba_kernels.greedy_swaps_of_slices(contraction, positions.numpy(), epsilon, record.numpy(), UNLIMITED)
     return positions, int(swaps)

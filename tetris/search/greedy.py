@@ -16,14 +16,14 @@ from tetris.search.sums import processors, require_triton
 UNLIMITED = 2**62
 
 
-def smallest_gain(values: torch.Tensor) -> float:
-    """The paper's epsilon: gains below the rounding of the largest value are noise. In units of importance."""
+def smallest_gain(values: torch.Tensor) -> torch.Tensor:
+    """The paper's epsilon, where values are and of their dtype: gains below the largest one's rounding are noise."""
     if values.numel() == 0:
-        return 0.0
-    return 8 * torch.finfo(values.dtype).eps * float(values.max())
+        return values.new_zeros(())
+    return values.max() * (8 * torch.finfo(values.dtype).eps)
 
 
-def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | None = None) -> int:
+def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | None = None) -> int | torch.Tensor:
     """Swap the pair of the largest gain until no gain exceeds epsilon; ``partition.order`` changes in place.
 
     Args:
@@ -31,7 +31,7 @@ def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | Non
         partition: the slices' current positions.
         trace: int64 [any, 2] on the CPU; receives the positions (i, j) of the first swaps.
     Returns:
-        the number of swaps.
+        the number of swaps; on a GPU a tensor there, so that nothing waits for it.
     Cost:
         O(n R) once and O(R) a swap, apart from rescans.
     """
@@ -45,14 +45,14 @@ def greedy(values: torch.Tensor, partition: Partition, trace: torch.Tensor | Non
             values.contiguous().numpy(),
             partition.order.numpy(),
             partition.offsets.numpy(),
-            values.new_tensor(smallest_gain(values)).item(),
+            smallest_gain(values).item(),
             record.numpy(),
             UNLIMITED,
         )
     )
 
 
-def _greedy_on_gpu(values: torch.Tensor, partition: Partition, trace: torch.Tensor | None) -> int:
+def _greedy_on_gpu(values: torch.Tensor, partition: Partition, trace: torch.Tensor | None) -> int | torch.Tensor:
     """The persistent kernel; groups of unequal sizes, as joint searches make, go through the compiled CPU loop."""
     if partition.n_groups < 2:
         return 0
@@ -70,4 +70,4 @@ def _greedy_on_gpu(values: torch.Tensor, partition: Partition, trace: torch.Tens
     count = swap_search(values.contiguous(), partition.order, edge, smallest_gain(values), config=config, trace=record)
     if trace is not None and record is not None:
         trace.copy_(record)
-    return int(count[0])
+    return count[0]

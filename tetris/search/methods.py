@@ -9,7 +9,7 @@ import torch
 
 from tetris.errors import TetrisError, describe
 from tetris.search.alternation import Budget, Progress, alternate
-from tetris.search.annealing import HOTTEST, WARM, anneal
+from tetris.search.annealing import HOTTEST, WARM, anneal, annealing
 from tetris.search.batched import batched as split_pairs
 from tetris.search.greedy import greedy
 from tetris.search.system import Key, System
@@ -96,16 +96,18 @@ def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     annealing and add less than a thousandth.
     """
     large = any(system.partitions[key].n_groups > _LARGE for key in keys)
-    start, warm = system.snapshot(), options.warm
-    swaps = alternate(system, keys, greedy, options.budget)
-    paper_kept, paper_orders = system.expectation()[1], system.snapshot()
-    if not warm:
-        system.restore(start)
-    hottest = WARM if warm else HOTTEST
-    anneal(system, keys, options.steps, options.seed, hottest, not warm, options.budget, options.progress)
-    swaps += alternate(system, keys, greedy if large else solve_exactly, options.budget)
-    if system.expectation()[1] < paper_kept:
-        system.restore(paper_orders)
+    steps, seed, budget, progress = options.steps, options.seed, options.budget, options.progress
+    to_beat = system.twin()
+    if options.warm:
+        swaps = alternate(to_beat, keys, greedy, budget)
+        system.restore(to_beat.snapshot())
+        anneal(system, keys, steps, seed, WARM, False, budget, progress)
+    else:
+        with annealing(system, keys, steps, seed, HOTTEST, True, budget, progress):
+            swaps = alternate(to_beat, keys, greedy, budget)
+    swaps += alternate(system, keys, greedy if large else solve_exactly, budget)
+    if system.expectation()[1] < to_beat.expectation()[1]:
+        system.restore(to_beat.snapshot())
     return Outcome(swaps)
 
 

@@ -240,15 +240,28 @@ def _scan_slices(contraction, positions, i):
 
 
 @njit(cache=True)
+def _best_leaver(values, order, offsets, g, h):
+    """The largest value[x, h] - value[x, g] among the members x of g, and the position of the lowest x that has it."""
+    x = order[offsets[g]]
+    best, where = values[x, h] - values[x, g], offsets[g]
+    for position in range(offsets[g] + 1, offsets[g + 1]):
+        x = order[position]
+        difference = values[x, h] - values[x, g]
+        if difference > best or (difference == best and x < order[where]):
+            best, where = difference, position
+    return best, where
+
+
+@njit(cache=True)
 def split_pair(values, order, offsets, g, h, epsilon):
     """Split the members of two groups anew, optimally: swap best leavers while a swap gains more than epsilon.
 
-    Returns the number of swaps.
+    Returns the number of swaps. Where slices stand inside the groups decides nothing: ties go to the lowest slice.
     """
     swaps = 0
     while True:
-        first, i = _scan_leavers(values, order, offsets, g, h)
-        second, j = _scan_leavers(values, order, offsets, h, g)
+        first, i = _best_leaver(values, order, offsets, g, h)
+        second, j = _best_leaver(values, order, offsets, h, g)
         if not first + second > epsilon:
             return swaps
         order[i], order[j] = order[j], order[i]
@@ -265,7 +278,10 @@ def tournament_pair(n_even, turn, k):
 
 @njit(cache=True)
 def sweep(values, order, offsets, players, first_turn, turns, epsilon):
-    """Turns of a round-robin tournament in which every pair of groups is split anew; returns the number of swaps."""
+    """Turns of a round-robin tournament in which every pair of groups is split anew; returns the number of swaps.
+
+    Every group ends up in the order of its slices' numbers.
+    """
     n_groups = len(offsets) - 1
     n_even = n_groups + n_groups % 2
     swaps = 0
@@ -274,6 +290,8 @@ def sweep(values, order, offsets, players, first_turn, turns, epsilon):
             a, b = tournament_pair(n_even, turn % (n_even - 1), k)
             if a < n_groups and b < n_groups:
                 swaps += split_pair(values, order, offsets, players[a], players[b], epsilon)
+    for g in range(n_groups):
+        order[offsets[g] : offsets[g + 1]].sort()
     return swaps
 
 
@@ -288,4 +306,6 @@ def sweep_parallel(values, order, offsets, players, first_turn, turns, epsilon):
             a, b = tournament_pair(n_even, turn % (n_even - 1), k)
             if a < n_groups and b < n_groups:
                 swaps += split_pair(values, order, offsets, players[a], players[b], epsilon)
+    for g in range(n_groups):
+        order[offsets[g] : offsets[g + 1]].sort()
     return swaps

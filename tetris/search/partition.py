@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,11 +21,22 @@ class Partition:
     order: torch.Tensor
     offsets: torch.Tensor
 
+    def twin(self) -> Partition:
+        """The same groups and, for now, the same order."""
+        other = copy.copy(self)  # with what is cached of the groups
+        other.order = self.order.clone()
+        return other
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Positions of every group."""
+        return self.offsets.diff().tolist()
+
     @cached_property
     def edge(self) -> int | None:
         """Positions a group where all groups are equal but for a smaller last one; None otherwise."""
-        sizes = self.offsets.diff().tolist()
-        return sizes[0] if all(size == sizes[0] for size in sizes[:-1]) and sizes[-1] <= sizes[0] else None
+        first, last = self.sizes[0], self.sizes[-1]
+        return first if all(size == first for size in self.sizes[:-1]) and last <= first else None
 
     @property
     def n_groups(self) -> int:
@@ -33,12 +45,16 @@ class Partition:
     @cached_property
     def capacity(self) -> int:
         """The size of the largest group."""
-        return int(self.offsets.diff().max())
+        return max(self.sizes)
+
+    @cached_property
+    def groups(self) -> torch.Tensor:
+        """int64 [R]: 0, 1, ..."""
+        return torch.arange(self.n_groups, device=self.order.device)
 
     def group_of_position(self) -> torch.Tensor:
         """int64 [n]: the group that owns every position."""
-        groups = torch.arange(self.n_groups, device=self.order.device)
-        return torch.repeat_interleave(groups, self.offsets.diff())
+        return torch.repeat_interleave(self.groups, self.offsets.diff())
 
     def labels(self) -> torch.Tensor:
         """int64 [n]: the group of every slice."""

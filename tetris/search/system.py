@@ -6,6 +6,7 @@ consumers' inputs) name the same key: their M-step values add (eq. 9 is a sum), 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,9 +15,8 @@ import torch
 
 from tetris.layout import ceil_div
 from tetris.permutation import expand, identity
-from tetris.pruning import keep_largest
 from tetris.search.partition import Partition
-from tetris.search.sums import group_sums, product
+from tetris.search.sums import group_sums, hard_mask, product
 
 Key = Hashable
 
@@ -98,6 +98,13 @@ class System:
             self._versions[key] = 0
         self.total = sum(total_of(problem.matrix) for problem in problems)
 
+    def twin(self) -> System:
+        """A system of the same problems that starts from the same permutations and goes its own way."""
+        other = copy.copy(self)
+        other.partitions = {key: partition.twin() for key, partition in self.partitions.items()}
+        other._versions, other._sums = dict(self._versions), dict(self._sums)
+        return other
+
     def forget(self) -> None:
         """Drop all cached sums: partitions changed, or will change, behind the system's back."""
         self._sums.clear()
@@ -164,17 +171,13 @@ class System:
         """[block rows, block columns] of a problem under the current partitions."""
         problem = self.problems[index]
         dim = 1 if self._is_fresh(index, 1) and not self._is_fresh(index, 0) else 0
-        blocks = group_sums(self.sums(index, dim).contiguous(), self.feature_order(index, dim), problem.block[dim], 0)
-        return blocks if dim == 0 else blocks.T
+        sums = self.sums(index, dim) if dim == 0 else self.sums(index, dim).T
+        return group_sums(sums, self.feature_order(index, dim), problem.block[dim], dim)
 
     def expectation(self) -> tuple[list[torch.Tensor], float]:
         """E-step (eq. 6): the heaviest blocks of every problem, ties to the lowest index, and what they keep in all."""
-        masks, kept = [], 0.0
-        for index, problem in enumerate(self.problems):
-            sums = self.block_sums(index)
-            masks.append(keep_largest(sums, problem.n_keep))
-            kept += float(sums[masks[-1]].sum(dtype=torch.float64))
-        return masks, kept
+        found = [hard_mask(self.block_sums(index), problem.n_keep) for index, problem in enumerate(self.problems)]
+        return [mask for mask, _ in found], float(sum(kept for _, kept in found))
 
     def retained(self, kept: float) -> float:
         """Kept importance as a fraction of the total; 1.0 when everything is zero."""
@@ -191,9 +194,8 @@ class System:
         for index, dim, units in self.uses(key):
             problem, repeats = self.problems[index], self.problems[index].repeats[dim]
             sums = self.sums(index, dim)[units.start * repeats : units.stop * repeats]
-            mask = masks[index].to(sums.dtype)
-            mask = mask.T if dim == 0 else mask
-            kept = product(sums, mask) if exact else sums @ mask
+            mask = masks[index].T if dim == 0 else masks[index]
+            kept = product(sums, mask) if exact else sums @ mask.to(sums.dtype)
             if repeats == 1 and problem.keys[dim] == key and len(starts) == kept.shape[1]:
                 value = kept
             else:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from tetris.permutation import identity
 from tetris.search.batched import sweep, turns_of_sweep
 from tetris.search.partition import Partition
 from tetris.search.sums import processors, require_triton
@@ -71,7 +70,7 @@ def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor
     """
     if partition.n_groups < 2:
         return 0, torch.zeros(partition.n_groups, dtype=torch.float64)
-    tolerance = 64 * torch.finfo(torch.float64).eps * max(float(values.max()), 0.0)
+    tolerance = values.max().clamp(min=0).double() * (64 * torch.finfo(torch.float64).eps)
     on_gpu = values.is_cuda and partition.edge is not None
     moves, cancelled, ended, prices = (_solve_on_gpu if on_gpu else _solve_on_cpu)(values, partition, tolerance)
     if not ended:
@@ -79,34 +78,38 @@ def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor
     return moves + cancelled, prices
 
 
-def _solve_on_cpu(values: torch.Tensor, partition: Partition, tolerance: float) -> tuple[int, int, bool, torch.Tensor]:
+def _solve_on_cpu(
+    values: torch.Tensor, partition: Partition, tolerance: torch.Tensor
+) -> tuple[int, int, bool, torch.Tensor]:
     """(moves by splitting pairs, moves along cycles, whether it ended, prices)."""
     from tetris.search import numba_kernels, numba_transport
 
     host, order, offsets = values.cpu().contiguous().numpy(), partition.order.cpu(), partition.offsets.cpu().numpy()
-    players, turns, moves = identity(partition.n_groups).numpy(), turns_of_sweep(partition.n_groups), 0
+    players, turns, moves = partition.groups.cpu().numpy(), turns_of_sweep(partition.n_groups), 0
     for _ in range(_MAX_SWEEPS):
-        swaps = numba_kernels.sweep(host, order.numpy(), offsets, players, 0, turns, host.dtype.type(tolerance))
+        swaps = numba_kernels.sweep(host, order.numpy(), offsets, players, 0, turns, host.dtype.type(tolerance.item()))
         moves += int(swaps)
         if not swaps:
             break
     prices = torch.zeros(partition.n_groups, dtype=torch.float64)
     cancelled, ended = numba_transport.cancel_cycles(
-        host, order.numpy(), offsets, prices.numpy(), tolerance, _MAX_PASSES
+        host, order.numpy(), offsets, prices.numpy(), tolerance.item(), _MAX_PASSES
     )
     partition.order.copy_(order)
     return moves, int(cancelled), bool(ended), prices
 
 
-def _solve_on_gpu(values: torch.Tensor, partition: Partition, tolerance: float) -> tuple[int, int, bool, torch.Tensor]:
+def _solve_on_gpu(
+    values: torch.Tensor, partition: Partition, tolerance: torch.Tensor
+) -> tuple[int, int, bool, torch.Tensor]:
     """The same with kernels: nothing but the counts and prices leaves the GPU."""
     require_triton("reorder")
     from tetris.kernels.cycle_cancel import cancel_cycles
 
     assert partition.edge is not None
-    players, turns, moves = identity(partition.n_groups, values.device), turns_of_sweep(partition.n_groups), 0
+    turns, moves, epsilon = turns_of_sweep(partition.n_groups), 0, tolerance.to(values.dtype)
     for _ in range(_MAX_SWEEPS):
-        swaps = int(sweep(values, partition, players, 0, turns, tolerance))
+        swaps = int(sweep(values, partition, partition.groups, 0, turns, epsilon))
         moves += swaps
         if not swaps:
             break
@@ -119,7 +122,7 @@ def _solve_on_gpu(values: torch.Tensor, partition: Partition, tolerance: float) 
 
 def certify(values: torch.Tensor, partition: Partition) -> Certificate:
     """The certificate of a partition that :func:`exact` left: one more solve, which finds nothing to move."""
-    _, prices = solve(values, Partition(partition.order.clone(), partition.offsets))
+    _, prices = solve(values, partition.twin())
     labels = partition.labels()
     kept = float(values.gather(1, labels[:, None]).sum(dtype=torch.float64))
     return Certificate(prices, optimality_gap(values, labels, prices), kept)
