@@ -20,8 +20,11 @@ from tetris.bench.cases import LAYOUTS, random_layout
 from tetris.bench.conv_cases import Case
 from tetris.bench.rows import Row
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
+from tetris.kernels.conv2d_paths import choose_conv2d_config
 from tetris.kernels.hopper.conv2d import block_sparse_conv2d, conv2d_schedule, launch_arguments
 from tetris.kernels.hopper.heuristics import complete_tile
+from tetris.kernels.hopper.pointwise_conv2d import block_sparse_conv2d as pointwise_conv2d
+from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
 from tetris.kernels.hopper.tile_choice import ranked_configs
 from tetris.layout import BlockLayout
 from tetris.packing import pack
@@ -115,7 +118,12 @@ class Operands:
         options |= {"config": config, "allow_tf32": self.case.dtype == "float32"}
         lists = (self.layout.indptr, self.layout.indices)
         device = self.x.device
-        schedule = conv2d_schedule(*lists, problem, config, device_info(device).sm_count, device, self.values)
+        sm_count = device_info(device).sm_count
+        if config.kernel == "hopper_linear":
+            plan = pointwise_schedule(problem, config, *lists, sm_count).tensors
+            options |= {"schedule": plan, "output_permutation": output_permutation}
+            return lambda x: pointwise_conv2d(x, self.values, *lists, self.bias, **options)
+        schedule = conv2d_schedule(*lists, problem, config, sm_count, device, self.values)
         options |= {"schedule": schedule, "max_pool": self.case.pool, "output_permutation": output_permutation}
         return lambda x: block_sparse_conv2d(x, self.values, *lists, self.bias, **options)
 
@@ -128,16 +136,21 @@ class Operands:
 
 
 def candidates(case: Case, most: int) -> list[Conv2dConfig]:
-    """The Hopper kernel's likeliest configs of a case, the analytic choice first."""
-    problem = case_problem(case, case_layout(case).n_blocks)
-    tf32 = case.dtype == "float32"
-    return ranked_configs(problem, device_info("cuda"), max_pool=case.pool, allow_tf32=tf32)[:most]
+    """The likeliest configs of a case, the one that layers run first; 1x1 convolutions: of both kernels."""
+    problem, info = case_problem(case, case_layout(case).n_blocks), device_info("cuda")
+    options = {"max_pool": case.pool, "allow_tf32": case.dtype == "float32"}
+    chosen = choose_conv2d_config(problem, info, **options)
+    other = [replace(chosen, tile_w=128 + 256 - chosen.tile_w)] if chosen.kernel == "hopper_linear" else []
+    return [*dict.fromkeys([chosen, *other, *ranked_configs(problem, info, **options)])][:most]
 
 
 def compile_one(job: tuple[Case, Conv2dConfig]) -> None:
     """Compile one launch in a process of its own; leaves the kernel in the compiler's cache on disk."""
     case, config = job
     torch.set_num_threads(1)
+    if config.kernel == "hopper_linear":
+        Operands.of(case, "cuda").tetris(config)()
+        return
     from tetris.kernels.hopper.conv2d_device import conv2d_kernel
 
     layout, dtype = case_layout(case), getattr(torch, case.dtype)

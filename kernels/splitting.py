@@ -61,11 +61,13 @@ def choose_parts(
         Parts of every row, at least 1; of equally fast choices the one with fewest parts.
     Cost: O(CANDIDATES * tasks * log programs).
     """
-    longest, mean = max(row_costs), sum(row_costs) * max(1, copies) / programs
+    longest, mean = max(row_costs), sum(row_costs) * copies / programs
+    if mean == 0:
+        return [1] * len(row_costs)
     ratio = min(1.0, 0.5 * mean / longest)
     best, parts = math.inf, [1] * len(row_costs)
     for limit in sorted({longest * ratio ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)}, reverse=True):
-        found = [min(blocks, math.ceil(cost / limit)) for cost, blocks in zip(row_costs, row_blocks)]
+        found = [max(1, min(blocks, math.ceil(cost / limit))) for cost, blocks in zip(row_costs, row_blocks)]
         tasks = [costs.of_part(cost, n) for cost, n in zip(row_costs, found) for _ in range(n * copies)]
         end = makespan(tasks, programs)
         if end < 0.99 * best:

@@ -160,7 +160,7 @@ def _pairs(groups: list[list[_Strip]]) -> list[tuple[_Strip, _Strip | None]]:
     if len(groups[0]) % 2 == 0:
         return [(g[i], g[i + 1]) for g in groups for i in range(0, len(g), 2)]
     strips = [strip for group in groups for strip in group]
-    mask = np.zeros((len(strips), max(max(s.tiles) for s in strips) // STAGE_K + 1), bool)
+    mask = np.zeros((len(strips), max(max(s.tiles, default=0) for s in strips) // STAGE_K + 1), bool)
     for row, strip in enumerate(strips):
         mask[row, [k // STAGE_K for k in strip.tiles]] = True
     return [(strips[c[0]], strips[c[1]] if len(c) > 1 else None) for c in match_rows(mask)]

@@ -110,6 +110,16 @@ def test_replay_of_cut_pairs_is_the_product(block: tuple[int, int]) -> None:
     torch.testing.assert_close(replay(schedule, layout, pack(dense, layout), x), x @ dense.T)
 
 
+def test_rows_without_blocks_store_zeros() -> None:
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1, 2] = True
+    layout = BlockLayout.from_mask(mask, (256, 256), (64, 64))
+    dense = torch.zeros(256, 256, dtype=torch.float64)
+    dense[64:128, 128:192] = 1.0
+    x = torch.randn(300, 256, dtype=torch.float64)
+    torch.testing.assert_close(replay(schedule_of(layout), layout, pack(dense, layout), x), x @ dense.T)
+
+
 def test_cutting_shortens_the_longest_task() -> None:
     mask = torch.zeros(32, 64, dtype=torch.bool)
     mask[:, 0] = mask[0] = True  # one heavy row

@@ -10,7 +10,7 @@ import torch
 from tests.support.fake_gpu import A100, H200
 from tests.support.moats import nan_outputs
 from tests.support.operands import ConvCase, conv2d_operands
-from tetris import reference
+from tetris import dispatch, reference
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearProblem
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.hopper.pointwise_conv2d import as_linear, linear_config, pointwise_schedule, supports
@@ -46,6 +46,16 @@ def test_says_why_it_does_not_support():
     assert "stride" in (conv2d_refuses(replace(POINTWISE, stride=(2, 2)), H200, CONFIG) or "")
     assert "capability" in (conv2d_refuses(POINTWISE, A100, CONFIG) or "")
     assert "tile_tokens" in (conv2d_refuses(POINTWISE, H200, replace(CONFIG, tile_w=64)) or "")
+
+
+def test_a_layer_launches_it_with_its_schedule(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "device_info", lambda device: H200)
+    operands = conv2d_operands(CASE, torch.float16, torch.device("cpu"))
+    problem = replace(POINTWISE, batch=3, c_in=136, c_out=200, height=7, width=9)
+    launch = dispatch.conv2d_launch(problem, operands["indptr"], operands["indices"])
+    assert Conv2dConfig.from_key(launch.config).kernel == "hopper_linear" and len(launch.schedule) == 3
+    pooled = dispatch.conv2d_launch(problem, operands["indptr"], operands["indices"], max_pool=True)
+    assert Conv2dConfig.from_key(pooled.config).kernel == "hopper", "it cannot pool"
 
 
 def test_its_schedule_covers_all_pixels():
