@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tetris.bench.cases import VGG16_KEPT, scaled_weight
 from tetris.bench.kernel_profile import profile_kernels
 from tetris.bench.rows import Row, write_csv
 from tetris.bench.trained import trained_networks
+from tetris.groups_picture import groups_picture
 from tetris.models import MLP, VGG16, TransformerBlock, resnet18, resnet50
 from tetris.specs import prunable_layers
 
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[Row]:
     """A row a network and kind of permutation; the CSV grows as they come."""
     names = args.model or (QUICK if args.quick else tuple(CASES))
+    draw_groups(args.out / "groups.png")
     trained = trained_networks(quick=args.quick) if any(CASES[name].trained for name in names) else {}
     rows: list[Row] = []
     for name in names:
@@ -75,6 +78,13 @@ def run(args: argparse.Namespace) -> list[Row]:
         print(*(f"{r.case} {r.provider}: {r.extra}" for r in rows[-3:]), sep="\n", flush=True)
         write_csv(args.out / "permutations.csv", rows)
     return rows
+
+
+def draw_groups(path: Path) -> None:
+    """The channel groups of ResNet-18."""
+    graph = tetris.channel_groups(resnet18(width=8), torch.zeros(1, 3, 64, 64))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    groups_picture(graph, "ResNet-18: a line is an order of channels that layers share").savefig(path, dpi=100)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ LAYERS: dict[str, int] = {
     "layers": 4,
     "stem": 4,
     "channels": 4,
+    "groups_picture": 4,
     "fusion": 4,
     "orders": 4,
     "graph": 4,

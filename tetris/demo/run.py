@@ -24,6 +24,7 @@ from tetris.demo.datasets import Dataset, load_dataset
 from tetris.demo.experiment import Result, Settings, fingerprint, run_grid, trained_lenet
 from tetris.demo.training import OnStep, accuracy
 from tetris.files import atomic_file, write_text
+from tetris.groups_picture import groups_picture
 
 RESUME_FOLDER = ".resume"
 """Inside the output folder: checkpoints and finished variants of runs that have not ended, a folder for every choice of
@@ -180,6 +181,8 @@ def _write(out: Path, dense: nn.Module, data: Dataset, results: Sequence[Result]
     _write_bytes(out / "accuracy.png", curves)
     write_csv(out / "demo.csv", rows(results, summary))
     captions = [(f"{name}: original, reordered, pruned", png) for name, png in drawn]
+    groups = tetris.channel_groups(dense, data.test_images[:1])
+    captions.append(("Channels that share one order", pictures.to_png(groups_picture(groups))))
     path = out / "report.html"
     write_text(path, report.render(results, summary, [("Accuracy against sparsity", curves), *captions]))
     return path
