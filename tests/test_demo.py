@@ -78,7 +78,7 @@ def test_the_page_is_self_contained_and_complete(outcome: tuple[Outcome, str]) -
     found = outcome[0]
     page = found.report_path.read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "<script" not in page
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/png;base64,') == 4
     assert page.count("<tr") == 1 + len(found.results)
     for result in found.results:
         for text in report.cells(result, found.summary.dense_accuracy):
