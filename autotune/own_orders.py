@@ -15,14 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tetris.autotune.measure import Epilogue, ReorderedBlocks
-from tetris.autotune.problems import LayerInput
+from tetris.autotune.device import device_info
+from tetris.autotune.measure import DenseLayer, Epilogue, ReorderedBlocks
+from tetris.autotune.problems import LayerInput, problem_at
+from tetris.autotune.space import default_config
 from tetris.autotune.timer import time_us
 from tetris.errors import UnsupportedError
 from tetris.graph import ExampleInputs, channel_groups
 from tetris.importance import channel_importance, importance_of
 from tetris.joint_reordering import JointProblem, reorder_jointly
-from tetris.kernels.configs import conv2d_output_size
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, conv2d_output_size
+from tetris.kernels.hopper.heuristics import supports
 from tetris.layers import pair, supported_padding
 from tetris.masking import prune, reorderings
 from tetris.ops import permute_channels
@@ -38,6 +41,9 @@ OUTPUT, INPUT = 0, 1
 
 MoveTime = Callable[[tuple[int, ...]], float]
 """Microseconds that permuting the channels of a tensor of a shape takes."""
+
+
+StoresGroups = Callable[[LayerPlan, DenseLayer, LayerInput, Epilogue], bool]
 
 
 @dataclass(frozen=True)
@@ -91,18 +97,18 @@ class OrderChooser:
         move_time: what a movement takes.
         method: of :func:`tetris.reorder`.
         importance: "l1" or "l2".
-        groups: whether the device's kernels store groups of channels in another order for nothing.
+        stores_groups: whether a layer's kernel stores groups of channels in another order for nothing.
         seed: of the search.
     """
 
     move_time: MoveTime
     method: str = "sort"
     importance: str = "l1"
-    groups: bool = False
+    stores_groups: StoresGroups = lambda plan, layer, x, epilogue: False
     seed: int = 0
 
     def decide(
-        self, plan: LayerPlan, layer: nn.Conv2d | nn.Linear, x: LayerInput, shared: Reordering, epilogue: Epilogue,
+        self, plan: LayerPlan, layer: DenseLayer, x: LayerInput, shared: Reordering, epilogue: Epilogue,
         fixed_output: bool,
     ) -> LayerPlan:  # fmt: skip
         """The layer's plan, with an own order where that gains.
@@ -120,7 +126,7 @@ class OrderChooser:
         scores = channel_importance(importance_of(layer.weight.detach(), self.importance))
         moved_out = self.move_time(output_shape(layer, x, epilogue.max_pool)) * (2 if epilogue.residual else 1)
         kinds = [(INPUT, SEPARATE, self.move_time(x.shape)), (OUTPUT, SEPARATE, moved_out)]
-        if self.groups and fixed_output and isinstance(layer, nn.Conv2d) and layer.out_channels % GROUP == 0:
+        if fixed_output and self.stores_groups(plan, layer, x, epilogue):
             kinds.append((OUTPUT, GROUPED, 0.0))
         options = [self._option(plan, scores, shared, *kind) for kind in kinds]
         return with_order(plan, best_order(options, plan.chosen.time_us))
@@ -165,7 +171,22 @@ def own_orders(
     return plan
 
 
-def output_shape(layer: nn.Conv2d | nn.Linear, x: LayerInput, max_pool: bool) -> tuple[int, ...]:
+def stores_groups(plan: LayerPlan, layer: DenseLayer, x: LayerInput, epilogue: Epilogue) -> bool:
+    """Whether the convolution that would run keeps the vendor's layout while it stores groups of GROUP channels apart.
+
+    That is the Hopper convolution without a residual, which would have to be read in the other order, too.
+    """
+    wide = isinstance(layer, nn.Conv2d) and layer.out_channels % GROUP == 0
+    if not wide or plan.block is None or x.device.type != "cuda" or epilogue.residual:
+        return False
+    problem, device = problem_at(layer, x, plan.block, plan.sparsity), device_info(x.device)
+    config = default_config(problem, device, epilogue.max_pool)
+    if not isinstance(problem, Conv2dProblem) or not isinstance(config, Conv2dConfig) or config.kernel != "hopper":
+        return False
+    return supports(problem, device, replace(config, output_group=GROUP), max_pool=epilogue.max_pool) is None
+
+
+def output_shape(layer: DenseLayer, x: LayerInput, max_pool: bool) -> tuple[int, ...]:
     """The shape that a layer stores."""
     if isinstance(layer, nn.Linear):
         return (*x.shape[:-1], layer.out_features)

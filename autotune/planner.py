@@ -19,7 +19,7 @@ from tetris.autotune.decide import allocate, choose_block
 from tetris.autotune.device import device_name, versions
 from tetris.autotune.measure import Epilogue, LayerTimer
 from tetris.autotune.never_slower import never_slower
-from tetris.autotune.own_orders import OrderChooser, measured_moves, own_orders
+from tetris.autotune.own_orders import OrderChooser, measured_moves, own_orders, stores_groups
 from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.autotune.store import TuningStore
 from tetris.autotune.unpruned import UnprunedLayers
@@ -140,7 +140,7 @@ def plan(
     if where != first.device:
         return decided
     if permutations == "auto" and decided.blocks:
-        chooser = OrderChooser(measured_moves(first, repeats), method, importance, seed=seed)
+        chooser = OrderChooser(measured_moves(first, repeats), method, importance, stores_groups, seed)
         decided = own_orders(model, example_inputs, decided, chooser, inputs, epilogues)
     if whole is None:
         return decided

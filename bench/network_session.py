@@ -214,7 +214,8 @@ class Session:
                 replace(_timed(row, time, dense_us / time.median_us), roofline_fraction=least_us / time.median_us)
             )
         shares = self.permutation_shares(runs) if self.args.profile else {}
-        return [replace(row, extra=self.columns() | shares.get(row.provider, {})) for row in rows]
+        columns = self.columns() | {"dense_us": dense_us}
+        return [replace(row, extra=columns | shares.get(row.provider, {})) for row in rows]
 
     def permutation_shares(self, runs: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
         """Where the time goes: the kernels of every graphed variant are printed, permutation's share is a column."""

@@ -45,6 +45,11 @@ def microseconds(value: Any) -> str:
     return _number(value, lambda v: f"{v:.0f}" if v >= 100 else f"{v:.1f}")
 
 
+def scientific(value: Any) -> str:
+    """0.000578 -> "5.8e-04"."""
+    return _number(value, lambda v: f"{v:.1e}")
+
+
 def _number(value: Any, show: Callable[[float], str]) -> str:
     if not isinstance(value, (int, float)) or math.isnan(value):
         return "-"
@@ -143,6 +148,28 @@ TABLES: dict[str, ReadmeTable] = {
             ("speedup", "speedup", times),
         ),
         keep=lambda row: row.provider == "tetris tuned",
+    ),
+    "h200-network": ReadmeTable(
+        csv="h200/network.csv",
+        columns=(
+            ("network, batch", "case", str),
+            ("dense, compiled: us", "dense_us", microseconds),
+            ("converted, compiled: us", "median_us", microseconds),
+            ("speedup", "speedup", times),
+            ("error", "error", scientific),
+            ("permutations' share of the time", "permutation_share", percent),
+        ),
+        keep=lambda row: row.provider == "tetris compile+graph",
+    ),
+    "cpu-permutations": ReadmeTable(
+        csv="cpu/permutations.csv",
+        columns=(
+            ("network", "case", str),
+            ("permutations", "provider", str),
+            ("pruned layers", "layers", str),
+            ("importance kept", "retained", percent),
+            ("share of the gain", "gain_kept", percent_0),
+        ),
     ),
 }
 

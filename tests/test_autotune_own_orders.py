@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import tetris
+from tests.support.fake_gpu import A100, H200
 from tetris.autotune.measure import Epilogue
 from tetris.autotune.own_orders import (
     INPUT,
@@ -19,9 +21,10 @@ from tetris.autotune.own_orders import (
     measured_moves,
     output_shape,
     own_orders,
+    stores_groups,
     with_order,
 )
-from tetris.autotune.problems import capture_inputs
+from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.errors import FileFormatError
 from tetris.models import MLP
 from tetris.permutation import expand
@@ -125,9 +128,22 @@ def test_grouped_is_offered_for_outputs_that_keep_their_order(torn: MLP) -> None
         LayerPlan("0", "conv2d", (64, 16, 3, 3), (16, 8), 0.5, 1.0, (1, 16, 6, 6), candidates),
     ), method="sort")  # fmt: skip
     inputs = capture_inputs(conv, x, prunable_layers(conv))
-    found = own_orders(conv, x, plan, OrderChooser(lambda shape: 1e6, groups=True), inputs, {})["0"]
+    found = own_orders(conv, x, plan, OrderChooser(lambda shape: 1e6, stores_groups=lambda *layer: True), inputs, {})[
+        "0"
+    ]
     assert found.output_order == GROUPED and "costs 0.0" in found.reason
     assert own_orders(conv, x, plan, OrderChooser(lambda shape: 1e6), inputs, {}) == plan
+
+
+def test_the_hopper_convolution_stores_groups_unless_a_residual_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x = nn.Conv2d(64, 128, 3, padding=1), LayerInput((8, 64, 28, 28), torch.float16, torch.device("cuda"), True)
+    plan = LayerPlan("", "conv2d", (128, 64, 3, 3), (64, 32), 0.5)
+    monkeypatch.setattr("tetris.autotune.own_orders.device_info", lambda device: H200)
+    assert stores_groups(plan, conv, x, Epilogue("relu")) and not stores_groups(plan, conv, x, Epilogue(residual=True))
+    assert not stores_groups(plan, nn.Conv2d(64, 100, 3), x, Epilogue())
+    assert not stores_groups(plan, conv, replace(x, device=torch.device("cpu")), Epilogue())
+    monkeypatch.setattr("tetris.autotune.own_orders.device_info", lambda device: A100)
+    assert not stores_groups(plan, conv, x, Epilogue())
 
 
 def test_stored_shapes() -> None:
