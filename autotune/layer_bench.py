@@ -14,7 +14,7 @@ from tetris.autotune.compile_job import first_line
 from tetris.autotune.problems import LayerInput, SparseLayer
 from tetris.autotune.race import heat_us, race
 from tetris.autotune.space import Config
-from tetris.autotune.timer import Timing
+from tetris.autotune.timer import Timing, graphed
 from tetris.ops import dtype_name
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 4e-3}
@@ -25,6 +25,8 @@ TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 4e-3}
 class LayerBench:
     """Times configurations of one layer; all must give what the first that ran gave: start with the default.
 
+    On a GPU they run from CUDA graphs: a launch of a Gluon kernel takes Python longer than many a kernel runs.
+
     Attributes:
         failures: configurations that do not run or answer wrongly, with the reason.
     """
@@ -33,53 +35,50 @@ class LayerBench:
     x: LayerInput
     failures: dict[Config, str] = field(default_factory=dict)
     reference: torch.Tensor | None = None
-    _layers: dict[Config, nn.Module] = field(default_factory=dict)
+    _runs: dict[Config, Callable[[], object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.images = self.x.random(self.x.device, channels_last=True)
-
-    def layer_with(self, config: Config) -> nn.Module:
-        """The layer with another configuration; its tensors are shared, its launches kept."""
-        if config not in self._layers:
-            layer = copy.copy(self.layer)
-            layer.config, layer._launches = config.to_key(), {}
-            self._layers[config] = layer
-        return self._layers[config]
+        self._pool = torch.cuda.graph_pool_handle() if self.images.is_cuda else None
 
     def race(self, configs: Sequence[Config]) -> dict[Config, float]:
         """Microseconds of the configurations that run and are right; the slower, the less exact."""
-        runs = self._runs(configs)
-        with torch.no_grad():
-            times = race(runs, self.x.device)
+        runs = self._prepared(configs)
+        times = race(runs, self.x.device)
         return {config: times[config.to_key()] for config in configs if config.to_key() in times}
 
     def final(self, configs: Sequence[Config], repeats: int = 25) -> dict[Config, Timing]:
         """The last few, well timed."""
-        with torch.no_grad():
-            times = heat_us(self._runs(configs), self.x.device, repeats)
+        times = heat_us(self._prepared(configs), self.x.device, repeats)
         return {config: times[config.to_key()] for config in configs if config.to_key() in times}
 
-    def _runs(self, configs: Sequence[Config]) -> dict[str, Callable[[], object]]:
-        return {config.to_key(): self._call(config) for config in configs if self._is_sound(config)}
-
-    def _call(self, config: Config) -> Callable[[], object]:
-        layer, x = self.layer_with(config), self.images
-        return lambda: layer(x)
+    def layer_with(self, config: Config) -> nn.Module:
+        """The layer with another configuration; its tensors are shared."""
+        layer = copy.copy(self.layer)
+        layer.config, layer._launches = config.to_key(), {}
+        return layer
 
     @torch.no_grad()
-    def _is_sound(self, config: Config) -> bool:
-        """Run once and compare; a failure is noted, not raised: it is a finding about the configuration."""
-        if config in self.failures:
-            return False
-        try:
-            y = self.layer_with(config)(self.images).float()
-        except Exception as problem:  # whatever a compiler or a driver raises
-            self.failures[config] = f"{type(problem).__name__}: {first_line(problem)}"
-            return False
+    def _prepared(self, configs: Sequence[Config]) -> dict[str, Callable[[], object]]:
+        for config in configs:
+            if config not in self._runs and config not in self.failures:
+                try:
+                    self._prepare(config, self.layer_with(config))
+                except Exception as problem:  # whatever a compiler or a driver raises is a finding about the config
+                    self.failures[config] = f"{type(problem).__name__}: {first_line(problem)}"
+        return {config.to_key(): self._runs[config] for config in configs if config in self._runs}
+
+    def _prepare(self, config: Config, layer: nn.Module) -> None:
+        """Run once, compare, and capture."""
+        y = layer(self.images).float()
         if self.reference is None:
             self.reference = y
         error = float((y - self.reference).norm() / self.reference.norm().clamp_min(1e-30))
         if not math.isfinite(error) or error > TOLERANCE[dtype_name(self.x.dtype)]:
             self.failures[config] = f"differs from the first result by {error:.2e}"
-            return False
-        return True
+            return
+
+        def run() -> object:
+            return layer(self.images)
+
+        self._runs[config] = graphed(run, self._pool) if self.images.is_cuda else run

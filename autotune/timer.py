@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,14 +131,17 @@ def _time_cuda(
     return {name: Timing.of([a.elapsed_time(b) * 1e3 for a, b in pairs]) for name, pairs in events.items()}
 
 
-def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    """The function captured in a CUDA graph: calling the result replays it on the same memory."""
+def graphed(function: Callable[[], object], pool: Any = None) -> Callable[[], object]:
+    """The function captured in a CUDA graph: calling the result replays it on the same memory.
+
+    Functions captured with one ``pool`` (``torch.cuda.graph_pool_handle()``) share memory: their results do not last.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         function()
     return graph.replay

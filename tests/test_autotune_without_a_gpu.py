@@ -64,7 +64,7 @@ class Clock:
         for name, value in {
             "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "_sleep": sleep, "synchronize": lambda: None,
             "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
-            "graph": lambda graph: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
+            "graph": lambda graph, pool: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(timer, "L2_FLUSH_BYTES", 64)
