@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="sort", help="reordering; see tetris.reorder")
     parser.add_argument("--tune", type=int, default=0, help="configurations to measure a layer before timing")
     parser.add_argument("--compile", choices=("none", "default", "max-autotune-no-cudagraphs"), default="default")
-    parser.add_argument("--compile-seconds", type=float, default=90, help="for what is compiled ahead")
+    parser.add_argument("--compile-seconds", type=float, default=90, help="for what is compiled ahead; 0 = nothing is")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds-per-layer", type=float, default=0.5, help="planning; fewer repeats after that")
     parser.add_argument("--profile", action="store_true", help="list the kernels of every variant by time")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows = others(file, {session.name for session in sessions})
     if args.device == "cuda":
         compile_ahead(sessions, args, note)
-    for session in sessions:
+    for session in () if args.compile_only else sessions:
         try:
             session.measure()
         except (RuntimeError, TypeError, ValueError, AssertionError) as problem:  # the other networks still count
@@ -87,17 +88,18 @@ def others(file: Path, names: set[str]) -> list[Row]:
 
 def compile_ahead(sessions: list[Session], args: argparse.Namespace, note: Note) -> None:
     """Kernels and dense models, side by side; then let this process meet what lies in the caches."""
-    end = time.monotonic() + args.compile_seconds
-    dense = [
-        compile_dense.start(session.case.name, session.batch, args.device, session.dtype, args.compile)
-        for session in sessions
-        if args.compile != "none" and len(sessions) > 1
-    ]
-    jobs = distinct_kernels((job for session in sessions for job in session.jobs()), device_info(args.device))
-    note(f"compiling {len(jobs)} kernels and {len(dense)} dense networks")
-    failures = start_workers(jobs, args.device).wait(args.compile_seconds)
-    failures += [compile_dense.wait(process, end - time.monotonic()) for process in dense]
-    print(*filter(None, failures), sep="\n", flush=True)
+    if args.compile_seconds:
+        end = time.monotonic() + args.compile_seconds
+        dense = [
+            compile_dense.start(session.case.name, session.batch, args.device, session.dtype, args.compile)
+            for session in sessions
+            if args.compile != "none" and len(sessions) > 1
+        ]
+        jobs = distinct_kernels((job for session in sessions for job in session.jobs()), device_info(args.device))
+        note(f"compiling {len(jobs)} kernels and {len(dense)} dense networks")
+        failures = start_workers(jobs, args.device).wait(args.compile_seconds)
+        failures += [compile_dense.wait(process, end - time.monotonic()) for process in dense]
+        print(*filter(None, failures), sep="\n", flush=True)
     for session in sessions:
         session.compile_dense()
         note(f"{session.name}: dense compiled")

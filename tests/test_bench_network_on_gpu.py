@@ -193,6 +193,12 @@ def test_everything_is_compiled_ahead_side_by_side(tmp_path, monkeypatch: pytest
     ]  # fmt: skip
     assert [row.status for row in rows] == [OK, OK, OK, f"{FAILED}: RuntimeError: too large"]
     assert len(read_csv(tmp_path / "network.csv")) == 4
+    events.clear()
+    only = arguments(tmp_path / "only", device="cuda", model=[CASE.name], batch=[1, 2], compile_only=True)
+    assert network_bench.run(only) == [] and ("kernels", 90) in events
+    events.clear()
+    network_bench.run(arguments(tmp_path, device="cuda", model=[CASE.name], batch=[1, 2], compile_seconds=0.0))
+    assert events == [("met", 1), ("met", 2)]
 
 
 def test_a_dense_network_is_compiled_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
