@@ -155,7 +155,7 @@ def compile_one(job: tuple[Case, Conv2dConfig]) -> None:
 
     layout, dtype = case_layout(case), getattr(torch, case.dtype)
     problem = case_problem(case, layout.n_blocks)
-    tile = complete_tile(problem, config)
+    tile = complete_tile(problem, config, max_pool=case.pool)
     schedule = conv2d_schedule(layout.indptr, layout.indices, problem, config, 132, "cpu")
     height, width = (size // (2 if case.pool else 1) for size in problem.output_size)
 
@@ -182,12 +182,21 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def kernel_key(case: Case, config: Conv2dConfig) -> tuple[object, ...]:
+    """What the compiler sees of a launch of the convolution kernel: not the sizes, nor the layout."""
+    if config.kernel != "hopper":
+        return case, config
+    tile = complete_tile(case_problem(case, 1), config, max_pool=case.pool)
+    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0
+
+
 def compile_all(cases: Sequence[Case], most: int, more: Sequence[tuple[Case, Conv2dConfig]] = ()) -> None:
-    """Compile the candidates of all cases in parallel, and ``more`` launches."""
+    """Compile the candidates of all cases in parallel, and ``more`` launches, each kernel once."""
     jobs = [*((case, config) for case in cases for config in candidates(case, most)), *more]
+    kinds = {kernel_key(case, config): (case, config) for case, config in jobs}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(16, max(1, (os.cpu_count() or 2) - 1)), mp_context=context) as pool:
-        list(pool.map(compile_one, jobs))
+        list(pool.map(compile_one, kinds.values()))
 
 
 def measure(case: Case, ceilings: Ceilings, most: int = 4, repeats: int = 15) -> list[Row]:

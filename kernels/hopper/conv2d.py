@@ -170,14 +170,13 @@ def launch_arguments(
     max_pool: bool,
     permutation: torch.Tensor | None = None,
     sectors: bool = False,
-    vectors: bool = False,
     turns: bool = True,
     producer_warps: int = 1,
 ) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
 
-    ``sectors``: see ``Conv2dConfig.fetch``. ``vectors`` (store by threads what is not permuted, too), ``turns`` (whether
-    :attr:`ConvTile.turns` counts) and ``producer_warps`` are there for ablations.
+    ``sectors``: see ``Conv2dConfig.fetch``. ``turns`` (whether :attr:`ConvTile.turns` counts) and ``producer_warps``
+    are there for ablations.
     """
     scale = 2 if max_pool else 1
     _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)
@@ -187,12 +186,11 @@ def launch_arguments(
     lists = [indices, None, None] if pairs is None else [pairs.indices, pairs.blocks, pairs.rows]
     permutes = permutation is not None
     loads = [x.permute(0, 2, 3, 1) if sectors else None]
-    stores = [y.permute(0, 2, 3, 1) if permutes or vectors else None, permutation]
+    stores = [y.permute(0, 2, 3, 1) if permutes else None, permutation]
     tensors = [*loads, *stores, bias, *lists, schedule.program_ptr, schedule.work]
     flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     options = {
         "PERMUTES": permutes,
-        "VECTORS": permutes or vectors,
         "POOL": max_pool,
         "TURNS": turns and tile.turns,
         "PRODUCER_WARPS": producer_warps,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tetris.kernels.hopper.epilogue_device import activate, pool_columns, pool_rows
-from tetris.kernels.hopper.store_device import store_vectors
+from tetris.kernels.hopper.store_device import store_groups
 
 
 @gluon.jit
@@ -230,7 +230,7 @@ def consumer(
     y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y, tiles_x, c_out,
     x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
     WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    PERMUTES: gl.constexpr, VECTORS: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
+    PERMUTES: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: accumulates its rows of every tile, then bias, residual, activation, pool and store."""
     DTYPE: gl.constexpr = y_desc.dtype
@@ -279,8 +279,7 @@ def consumer(
         end = next_end
 
         for r in gl.static_range(OUT_R):
-            if not VECTORS:
-                tma.store_wait((T.y_stages - 1) * PARTS)
+            tma.store_wait((T.y_stages - 1) * PARTS)
             out = y_buffer.index(WARPGROUP * T.y_stages + yi % T.y_stages)
             yi += 1
             y = y0 + ROW0 + r * ROWS * PAIRS
@@ -309,16 +308,14 @@ def consumer(
                 kept = pool_columns(kept, OUT_BOX[0] * T.tile_w, T.tile_n)
                 out = out._reinterpret(DTYPE, [OUT_PIXELS, 64], out.layout)
             out.permute((1, 0)).store(kept.to(DTYPE))
-            if not VECTORS:
-                fence_async_shared()
+            fence_async_shared()
             for part in gl.static_range(PARTS):
                 source = out._reinterpret(DTYPE, [PARTS, OUT_PIXELS, WIDTH], out.layout).index(part)
                 channel = first_channel(row, part, row_of_part, T)
-                if VECTORS:
-                    store_vectors(
-                        source, y_ptr, y_desc, permutation, y // SHRINK, x0 // SHRINK, n0, channel, c_out,
-                        PERMUTES, OUT_BOX,
-                    )  # fmt: skip
+                if PERMUTES:
+                    store_groups(
+                        source, y_ptr, y_desc, permutation, y // SHRINK, x0 // SHRINK, n0, channel, c_out, OUT_BOX
+                    )
                 else:
                     place = [y // SHRINK, x0 // SHRINK, n0, channel]
                     tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
@@ -342,7 +339,7 @@ def conv2d_kernel(
     x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, x_ptr, y_ptr, permutation, bias,
     indices, blocks, row_of_part, program_ptr, work, rows, tiles_y, tiles_x, c_out,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PERMUTES: gl.constexpr,
-    VECTORS: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, SECTORS: gl.constexpr,
+    POOL: gl.constexpr, TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, SECTORS: gl.constexpr,
     T: gl.constexpr,
 ):  # fmt: skip
     """Allocate the rings and start the three roles. Grid: one program per entry of ``program_ptr``; num_warps=4.
@@ -350,7 +347,7 @@ def conv2d_kernel(
     ``x_desc``, ``halo_desc``: input as [H, W, N, C], boxes [1, TILE_W or halo, TILE_N, TILE_K]; with a width stride of
     2 its even columns, and ``odd_*`` its odd ones. ``w_desc``: see ``weights.arranged_weights``, rows of 128 bytes, one
     box for the 64 or BLOCK_OUT rows of a tap. ``y_desc``, ``r_desc``: output and residual as [H, W, N, C_OUT], boxes
-    [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``y_ptr``, ``permutation``: for :func:`store_vectors`, where it PERMUTES.
+    [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``y_ptr``, ``permutation``: for :func:`store_groups`, where it PERMUTES.
     ``blocks``, ``row_of_part``: see ``pairing.PairedRows``; None without. ``program_ptr``, ``work``: see
     ``schedule.Schedule``. What a launch does not need is None.
     """
@@ -391,10 +388,10 @@ def conv2d_kernel(
         [
             (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y,
                         tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
-                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, VECTORS, POOL, TURNS, T)),
+                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, T)),
             (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y,
                         tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
-                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, VECTORS, POOL, TURNS, T)),
+                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, T)),
             (producer, ((x_desc, halo_desc, odd_desc, odd_halo_desc), w_desc,
                         indices, blocks, program_ptr, work, rows, tiles_y, tiles_x,
                         x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 
@@ -54,6 +55,8 @@ def supports(
             return "it fetches sectors only where the width's stride is 1"
         if config.output_group * item % 16:
             return f"it permutes channels in groups of 16 bytes, not of {config.output_group} channels"
+        if config.output_group and config.tile_n * problem.c_out * math.prod(problem.output_size) >= 2**31:
+            return f"{config.tile_n} images of {problem.output_size} are too large to permute with 32-bit offsets"
         try:
             tile = complete_tile(problem, config, max_pool=max_pool)
         except ValueError as error:

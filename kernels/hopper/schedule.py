@@ -101,6 +101,7 @@ def make_schedule(
     *,
     tile_cost: float = TILE_COST,
     balanced_rounds: int = BALANCED_ROUNDS,
+    swaps: bool = True,
 ) -> Schedule:
     """Distribute ``spatial_tiles`` x ``len(row_costs)`` tiles over ``programs`` programs.
 
@@ -110,6 +111,7 @@ def make_schedule(
         programs: persistent programs; fewer are used when there are fewer tiles.
         tile_cost: fixed cost of a tile.
         balanced_rounds: tiles per program, at the end, that go longest first.
+        swaps: whether swaps even out what is left; they move tiles to any time, away from their neighbours.
     Returns:
         The schedule, on the CPU. Every tile occurs once.
     Cost: O(tiles log programs) on the CPU, about 1 us a tile.
@@ -128,7 +130,8 @@ def make_schedule(
         load, program = heap[0]
         lists[program].append(tile)
         heapq.heapreplace(heap, (load + costs[tile % rows], program))
-    even_out(lists, costs)
+    if swaps:
+        even_out(lists, costs)
     program_ptr = torch.tensor([0, *(len(tiles) for tiles in lists)]).cumsum(0).int()
     order = torch.tensor([tile for tiles in lists for tile in tiles], dtype=torch.int32)
     loads = [sum(costs[tile % rows] for tile in tiles) for tiles in lists]

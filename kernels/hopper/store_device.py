@@ -1,7 +1,8 @@
 """How a tile of the Hopper convolution's output leaves shared memory where its channels are permuted (Gluon).
 
 The copy engine stores boxes of consecutive channels, and pays for every 16 bytes of a scattered one what 128 cost in a
-row. Threads write 16 bytes each at the same rate wherever they go: channels move in groups of that size at no cost.
+row. Threads write 16 bytes each at the same rate wherever they go: channels move in groups of that size. On an H200
+that makes 512 -> 512 channels at 28 x 28 3 % slower (173.5 us instead of 168.4), 256 -> 256 at 56 x 56 6 %.
 """
 
 # mypy: ignore-errors
@@ -12,15 +13,13 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def store_vectors(
-    source, y, y_desc, permutation, row, column, image, channel, c_out, PERMUTES: gl.constexpr, BOX: gl.constexpr
-):
+def store_groups(source, y, y_desc, permutation, row, column, image, channel, c_out, BOX: gl.constexpr):
     """Store a tile by 16 bytes a thread, every such group of channels where the permutation puts its first one.
 
     Args:
         source: shared memory, [ROWS * COLUMNS * IMAGES, CHANNELS] with BOX = [ROWS, COLUMNS, IMAGES, CHANNELS].
         y: the output's first element. y_desc: its descriptor, for its sizes [H, W, N, C_OUT].
-        permutation: int64 [C_OUT], where it PERMUTES; output channel j goes to channel permutation[j].
+        permutation: int64 [C_OUT]; output channel j goes to channel permutation[j].
         row, column, image, channel: of the tile's first element.
     """
     GROUP: gl.constexpr = 128 // y.dtype.element_ty.primitive_bitwidth
@@ -36,11 +35,8 @@ def store_vectors(
     starts = ((images * height + rows) * width + columns) * groups * GROUP
     lanes = gl.arange(0, BOX[3], gl.SliceLayout(0, LAYOUT))
     exist = lanes // GROUP < groups - channel // GROUP
-    first = ((image.to(gl.int64) * height + row) * width + column) * groups
-    if PERMUTES:
-        targets = gl.load(permutation + channel + lanes // GROUP * GROUP, mask=exist, other=0).to(gl.int32)
-        lanes = gl.max_contiguous(gl.multiple_of(targets + lanes % GROUP, GROUP), GROUP)
-    else:
-        first += channel // GROUP
-    places = y + first * GROUP + (gl.expand_dims(starts, 1) + gl.expand_dims(lanes, 0))
+    first = ((image.to(gl.int64) * height + row) * width + column) * groups * GROUP
+    targets = gl.load(permutation + channel + lanes // GROUP * GROUP, mask=exist, other=0).to(gl.int32)
+    targets = gl.max_contiguous(gl.multiple_of(targets + lanes % GROUP, GROUP), GROUP)
+    places = y + first + (gl.expand_dims(starts, 1) + gl.expand_dims(targets, 0))
     gl.store(places, source.load(LAYOUT), mask=gl.expand_dims(inside, 1) & gl.expand_dims(exist, 0))

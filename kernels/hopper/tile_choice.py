@@ -10,15 +10,15 @@ import math
 from dataclasses import replace
 
 from tetris.kernels.configs import ITEM_SIZE, Conv2dConfig, Conv2dProblem, DeviceInfo
-from tetris.kernels.hopper.geometry import GROUP, ConvTile
+from tetris.kernels.hopper.geometry import GROUP, WEIGHT_ROW_BYTES, ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.layout import ceil_div
 
 IMAGES = {"images": (8, 16, 32), "copies": (1, 2, 4)}
 ROWS = (2, 4, 6, 7, 8)
 COLUMNS = (1, 2, 4, 8, 16, 32)
-ROW_CYCLES = 2.1
-"""What the copy engine takes for a row of a box, 32 to 128 bytes."""
+ROW_CYCLES, LOAD_BYTES_PER_CYCLE = 2.1, 32.0
+"""What the copy engine takes for a row of a box, 32 to 128 bytes, and what L2 gives while all multiprocessors load."""
 MEMORY_BYTES_PER_CYCLE = 19.0
 """Its share of 4.27 TB/s at 1.7 GHz."""
 TILE_CYCLES, PIXEL_CYCLES = 1200.0, 2.0
@@ -29,7 +29,7 @@ STEP_CYCLES = 150.0
 """Barriers of a step: steps of 64 channels were 3 to 5 % faster than twice as many of 32 at batch 8."""
 UNEVEN = 0.4
 """Part of a tile that the busiest multiprocessor has more than the mean."""
-LONGEST = 2.0
+LONGEST = 2.6
 """A tile of the longest row over the mean tile: where tiles are few, one of those ends last."""
 SECTORS_BYTES = 1e8
 """Inputs of twice the L2 cache's size come from memory."""
@@ -101,7 +101,7 @@ def estimated_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo,
 def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -> float:
     """Cycles of the busiest multiprocessor, were memory no limit."""
     pixels = tile.tile_h * tile.row_pixels
-    rows = ceil_div(problem.block_rows, tile.parts)
+    block_rows = ceil_div(problem.block_rows, tile.parts)
     columns = ceil_div(problem.c_in, problem.block[1])
     kept = problem.n_blocks / (problem.block_rows * columns)
     blocks = columns * (1 - (1 - kept) ** tile.parts)  # a pair multiplies the union of its rows
@@ -109,18 +109,20 @@ def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -
     rate = 2048.0 * 2 / tile.item_size * _fullness(tile.accumulator_pixels)
     products = pixels * 64 * tile.tile_k * tile.taps / rate
     products = max(products, tile.taps * TAP_CYCLES)
-    loads = (tile.stage_groups * GROUP + tile.taps * tile.parts * tile.weight_rows) * ROW_CYCLES
+    rows, weight_rows = tile.stage_groups * GROUP, tile.taps * tile.parts * tile.weight_rows
+    size = tile.x_step_bytes + weight_rows * WEIGHT_ROW_BYTES
+    loads = max((rows + weight_rows) * ROW_CYCLES, size / LOAD_BYTES_PER_CYCLE)
     if tile.x_stages < 2:
         loads += products
     cycles = steps * (max(products, loads) + STEP_CYCLES) + TILE_CYCLES + PIXEL_CYCLES * pixels
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    rounds = n * h * w * rows * tile.halves / device.sm_count
+    rounds = n * h * w * block_rows * tile.halves / device.sm_count
     return max(LONGEST, rounds + UNEVEN) * cycles
 
 
 def _fullness(columns: int) -> float:
     """Share of the peak that wgmma of so many columns reaches with its left operand in registers."""
-    return {8: 0.25, 16: 0.5, 32: 0.88, 64: 0.96}.get(columns, 1.0)
+    return {8: 0.25, 16: 0.5, 32: 0.75, 64: 0.96}.get(columns, 1.0)
 
 
 def _memory_bytes(problem: Conv2dProblem, max_pool: bool) -> float:

@@ -103,8 +103,10 @@ def conv2d_operands(case: ConvCase, dtype: torch.dtype, device: torch.device, se
         optional["residual"] = moated_image(optional["residual"].to(device))
     if "bias" in optional:
         optional["bias"] = moated(optional["bias"].to(device))
+    shape = (case.batch, case.c_in, case.height, case.width)  # most of the work: made where it is used
+    image = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     return {
-        "x": moated_image(randn(case.batch, case.c_in, case.height, case.width, dtype=dtype).to(device), case.pitch),
+        "x": moated_image(image.to(dtype), case.pitch),
         "values": moated(pack(weight, layout).to(device, dtype)),
         "indptr": layout.indptr.to(device),
         "indices": layout.indices.to(device),
