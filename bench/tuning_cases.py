@@ -22,6 +22,7 @@ from tetris.bench.cases import (
 )
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
+from tetris.pruning import fit_block
 from tetris.reordering import reorder
 
 CONV_BLOCK, LINEAR_BLOCK = (64, 32), (64, 64)
@@ -30,7 +31,7 @@ POOLED = {"conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3"}
 
 @dataclass(frozen=True)
 class TuningCase:
-    """One layer of a suite, at its batch, block and epilogue."""
+    """One layer of a suite, at its batch and epilogue; its block is ``block`` or what fits into a smaller layer."""
 
     suite: str
     layer: ConvCase | LinearCase
@@ -46,16 +47,17 @@ class TuningCase:
         """The layer with random values; ``layout_kind`` as in ``cases.LAYOUTS``."""
         case, options = self.layer, {"activation": self.activation}
         c_out, c_in = (case.c_out, case.c_in) if isinstance(case, ConvCase) else (case.out_features, case.in_features)
-        layout = _layout((c_out, c_in), self.block, case.kept, device, layout_kind)
+        block = fit_block(self.block, (c_out, c_in))
+        layout = _layout((c_out, c_in), block, case.kept, device, layout_kind)
         taps = (case.kernel_size**2,) if isinstance(case, ConvCase) else ()
-        values = torch.randn(layout.n_blocks, *taps, *self.block, device=device).to(dtype) / c_in**0.5
+        values = torch.randn(layout.n_blocks, *taps, *block, device=device).to(dtype) / c_in**0.5
         more: dict[str, Any] = {"values": values, "layout": layout, **options}
         gpu = torch.zeros(0, device=device).device
         if isinstance(case, LinearCase):
-            linear = BlockSparseLinear(c_in, c_out, self.block, layout.n_blocks, **more)
+            linear = BlockSparseLinear(c_in, c_out, block, layout.n_blocks, **more)
             return Wanted(self.name, linear, LayerInput((case.tokens, c_in), dtype, gpu, False))
         conv = BlockSparseConv2d(
-            c_in, c_out, (case.kernel_size,) * 2, self.block, layout.n_blocks, (case.stride,) * 2,
+            c_in, c_out, (case.kernel_size,) * 2, block, layout.n_blocks, (case.stride,) * 2,
             (case.padding,) * 2, max_pool=self.max_pool, **more,
         )  # fmt: skip
         return Wanted(self.name, conv, LayerInput((case.batch, c_in, case.height, case.width), dtype, gpu, True))

@@ -114,3 +114,5 @@ def test_suites_are_the_targets() -> None:
     assert 44 <= conv.layer.n_blocks <= 48, "34 % of 128 blocks, and a block for every empty row"
     other = CASES["vgg16 b8 conv4_3"].wanted("cpu", torch.float32, "random")
     assert conv.layer.indptr.diff().max() > other.layer.indptr.diff().max(), "rows are less uneven"
+    small = CASES["vgg16 b8 conv1_2"].wanted("cpu", torch.float32)
+    assert small.problem.block == (32, 32) and len(small.layer.indptr) == 3, "two block rows at least"
