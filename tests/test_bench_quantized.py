@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from tests.support.fake_gpu import clock
+from tests.support.fake_gpu import H200, clock
 from tetris.bench import quantized_bench
 from tetris.bench.rows import OK, WRONG
+from tetris.kernels.configs import LinearProblem
 
 PROVIDERS = ["dense", "tetris float32", "tetris int8", "tetris float8_e4m3fn"]
 
@@ -34,3 +35,15 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = quantized_bench.measure(quantized_bench.QUICK[0], "cpu", torch.float32, 1)
     assert rows[0].status == OK and {row.status for row in rows[1:]} == {WRONG}
     assert all(math.isnan(row.median_us) and row.error > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 128, 8192])
+def test_candidates_take_the_problem(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_bench, "device_info", lambda device: H200)
+    plain, stored = (
+        quantized_bench.tuning_candidates(LinearProblem(tokens, 4096, 4096, (64, 64), "float16", 1106, weights))
+        for weights in ("", "int8")
+    )
+    assert len(set(stored)) == len(stored) >= 3
+    assert {config.kernel for config in stored} <= {"decode", "split", "portable"}
+    assert ("hopper" in {config.kernel for config in plain}) == (tokens > 16)
