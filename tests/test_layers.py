@@ -15,6 +15,7 @@ from tetris.errors import ShapeError, UnsupportedError
 from tetris.layers import supported_padding
 from tetris.layout import BlockLayout
 from tetris.packing import pack
+from tetris.permutation import inverse
 from tetris.tolerances import relative_error, tolerance
 
 GPU = torch.cuda.is_available()
@@ -205,3 +206,15 @@ def test_layers_refuse_what_they_are_not_for():
     elements = tetris.reorder(conv.weight, 8, 0.5, method="none", structure="element")
     with pytest.raises(UnsupportedError, match="structure='block'"):
         tetris.BlockSparseConv2d.from_dense(conv, elements)
+
+
+def test_the_inverse_of_the_output_permutation_follows_what_is_loaded() -> None:
+    linear = nn.Linear(32, 48)
+    reordering = tetris.reorder(linear.weight, 8, 0.5, "sort")
+    layer = tetris.BlockSparseLinear.from_dense(linear, reordering)
+    assert torch.equal(layer._output_gather, inverse(reordering.permutations[0]))
+    other = {**layer.state_dict(), "output_permutation": layer.output_permutation.roll(1)}
+    layer.load_state_dict(other)
+    assert torch.equal(layer._output_gather, inverse(reordering.permutations[0].roll(1)))
+    alone = tetris.BlockSparseLinear.from_dense(linear, reordering, output_permutation=None)
+    assert alone._output_gather is None and "_output_gather" not in layer.state_dict()
