@@ -55,6 +55,7 @@ class Contender:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each provider")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -64,11 +65,18 @@ def run(args: argparse.Namespace) -> list[Row]:
     ceilings = measure_ceilings("cuda", dtype) if args.device == "cuda" else None
     rows = []
     for case in cases:
+        if args.match not in case_name(case):
+            continue
         for row in measure(case, args.device, dtype, args.repeats):
             least = ceilings.least_us(row.flop, row.bytes) if ceilings else math.nan
             rows.append(replace(row, roofline_fraction=least / row.median_us))
             print(row.case, row.provider, f"{row.median_us:.2f} us {row.speedup:.2f}x {row.status}", flush=True)
     return rows
+
+
+def case_name(case: LinearCase) -> str:
+    """Such as "16 x 4096-14336"."""
+    return f"{case.tokens} x {case.name}"
 
 
 @torch.no_grad()
@@ -89,7 +97,7 @@ def measure(case: LinearCase, device: str, dtype: torch.dtype, repeats: int) -> 
     rows = []
     for c in contenders:
         row = Row(
-            "quantized", f"{case.tokens} x {case.name}", c.name, flop=case.flop(c.kept), bytes=c.bytes, error=c.error,
+            "quantized", case_name(case), c.name, flop=case.flop(c.kept), bytes=c.bytes, error=c.error,
             status=OK if c.name in times else WRONG, device=device_name(device), versions=versions(),
             extra={"tokens": case.tokens, "kept": c.kept, "quantisation": c.quantisation, "note": c.config},
         )  # fmt: skip
@@ -104,7 +112,7 @@ def measure(case: LinearCase, device: str, dtype: torch.dtype, repeats: int) -> 
 def layers(
     case: LinearCase, x: torch.Tensor, pruned: torch.Tensor, layout: BlockLayout, stored: torch.dtype | None
 ) -> Iterator[Contender]:
-    """The layer with weights in that dtype (None = x's): as users get it and, on a GPU, with the best of some configs."""
+    """The layer with weights in that dtype (None = x's): as users get it and, on a GPU, with the best of some."""
     weight, scales = (pruned, None) if stored is None else quantize(pruned, stored)
     exact = pruned.double() if stored is None else quantized(pruned, stored)
     values, expected = pack(weight, layout), x[:CHECKED_TOKENS].double() @ exact.T
