@@ -24,6 +24,7 @@ from tetris.autotune.problems import LayerInput, Problem, SparseLayer, pools, pr
 from tetris.autotune.space import Config
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
+from tetris.autotune.timer import Timing
 from tetris.kernels.configs import DeviceInfo
 from tetris.tuned_choices import Entry, problem_key
 
@@ -66,7 +67,7 @@ class Outcome:
 
     Attributes:
         entry: the choice; None where no configuration ran.
-        leaders: the last race's configurations, the fastest first, the default among them.
+        times: of the default and of the race's leaders, the fastest first.
         failures: configurations that did not run or answered wrongly, with the reason.
         compile_seconds: of all its kernels, on one processor.
         measured_seconds: on the GPU.
@@ -74,7 +75,7 @@ class Outcome:
 
     wanted: Wanted
     entry: Entry | None
-    leaders: list[Config] = field(default_factory=list)
+    times: dict[Config, Timing] = field(default_factory=dict)
     failures: dict[Config, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
     measured_seconds: float = 0.0
@@ -173,13 +174,14 @@ def find(outcome: Outcome, device: DeviceInfo, tried: list[Config]) -> None:
     bench = LayerBench(wanted.layer, wanted.x, outcome.failures)
     raced = bench.race(tried)
     leaders = sorted(raced, key=raced.__getitem__)[:FINALISTS]
-    times = {config: time.median_us for config, time in bench.final([tried[0], *leaders]).items()}
-    outcome.leaders = sorted(times, key=times.__getitem__)
+    times = bench.final([tried[0], *leaders])
+    outcome.times = dict(sorted(times.items(), key=lambda item: item[1].median_us))
     if times:
-        best = outcome.leaders[0]
+        best = next(iter(outcome.times))
+        default_us = times[tried[0]].median_us if tried[0] in times else math.nan
         outcome.entry = Entry(
-            device.name, device.capability, device.triton_version, wanted.problem, best, times[best],
-            times.get(tried[0], math.nan), len(raced), pools(wanted.layer),
+            device.name, device.capability, device.triton_version, wanted.problem, best, times[best].median_us,
+            default_us, len(raced), pools(wanted.layer),
         )  # fmt: skip
     outcome.measured_seconds = time.monotonic() - started
     if wanted.x.device.type == "cuda":

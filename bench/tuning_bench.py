@@ -1,8 +1,8 @@
 """Tuning: what a full search finds beyond the analytic defaults, how long it takes, and which kernels fail.
 
 The choices go to the user's store (``$TETRIS_CACHE_DIR``): ``tetris tuned --export autotune/tables/h200.json`` makes
-the shipped table of them. Choices are searched in layouts from reordering, whose block rows are uneven, and checked in
-random ones: what held in one layout only would be luck.
+the shipped table of them. Choices are searched in layouts from reordering, whose block rows are uneven; with
+``--check`` they are timed in random ones, too: what holds in one layout only is luck.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tetris.bench.tuning_rows import Book, failure_rows, known_failures, layer_r
 
 REPEATS = 15
 DTYPE = torch.float16
+WITHOUT_CONFIGURATIONS = ("cpu",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", choices=("both", "compile", "measure"), default="both", help="measure: after a run that compiled"
     )
     parser.add_argument("--workers", type=int, help="processes that compile; default: the processors but one")
+    parser.add_argument("--check", action="store_true", help="time the leaders in a random layout, too")
     parser.add_argument("--layers", help="only layers whose name contains this")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
     """Every suite: rows of each layer as it is finished, then rows of the suite. Failures have a CSV of their own."""
     book = Book(args.out, device_name(args.device), versions())
-    if args.device == "cpu":
+    if args.device in WITHOUT_CONFIGURATIONS:
         book.add([Row("tuning", "all", "search", status=f"{SKIPPED}: the CPU path has no configurations")])
         return book.rows
     suites = {name: chosen(name, args.layers) for name in args.suite or (QUICK if args.quick else FULL)}
@@ -62,7 +64,7 @@ def chosen(suite: str, part: str | None) -> list[TuningCase]:
 
 def show(rows: list[Row]) -> str:
     """Fractions of the best time per layer, then per suite."""
-    return table(rows, extra=["fraction", "search_fraction", "kernel", "tried", "failed", "seconds"])
+    return table(rows, extra=["fraction", "random_fraction", "kernel", "tried", "failed", "seconds"])
 
 
 def search_of(cases: list[TuningCase], args: argparse.Namespace) -> Search:
@@ -97,8 +99,9 @@ def tune_suite(
         started = time.monotonic()
         case = by_name[outcome.wanted.name]
         outcomes.append(outcome)
-        times = check(case, outcome.leaders, args.device) if outcome.entry else {}
-        book.add(layer_rows(case, outcome, times), failure_rows(case, outcome))
+        default = search.tried[outcome.wanted.key][0]
+        checked = check(case, [default, *outcome.times], args.device) if args.check else {}
+        book.add(layer_rows(case, outcome, default, checked), failure_rows(case, outcome))
         checked_seconds += time.monotonic() - started
 
     started = time.monotonic()
@@ -128,13 +131,7 @@ def tune_suite(
     book.add(rows)
 
 
-def check(case: TuningCase, leaders: list[Config], device: str) -> dict[str, Timing]:
-    """Times in a random layout: of what a fresh layer would run ("default"), of the choice ("tuned"), of the best."""
+def check(case: TuningCase, configs: list[Config], device: str) -> dict[Config, Timing]:
+    """Times in a random layout."""
     other = case.wanted(device, DTYPE, "random")
-    bench = LayerBench(other.layer, other.x)
-    fresh = type(leaders[0]).from_key(other.layer.launch(bench.images).config)
-    times = bench.final(list(dict.fromkeys([fresh, *leaders])), REPEATS)
-    named = {"default": fresh, "tuned": leaders[0]}
-    if times:
-        named["best"] = min(times, key=lambda config: times[config].median_us)
-    return {name: times[config] for name, config in named.items() if config in times}
+    return LayerBench(other.layer, other.x).final(list(dict.fromkeys(configs)), REPEATS)

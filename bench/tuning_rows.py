@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tetris.autotune.space import Config
 from tetris.autotune.timer import Timing
 from tetris.autotune.tune_problems import Outcome
 from tetris.bench.rows import FAILED, OK, Row, read_csv, write_csv
@@ -41,32 +42,30 @@ class Book:
             print(f"{row.case} FAILED {row.extra['config']} {row.status}", flush=True)
 
 
-def layer_rows(case: TuningCase, outcome: Outcome, times: dict[str, Timing]) -> list[Row]:
-    """A row for each of :func:`check`'s times, of the default and of the choice also with the search's time.
+def layer_rows(case: TuningCase, outcome: Outcome, default: Config, checked: dict[Config, Timing]) -> list[Row]:
+    """A row for the analytic default and one for the choice.
 
-    ``fraction`` is the best time / this one in the random layout, ``search_fraction`` in the search's own.
+    ``fraction``: the choice's time / this one. ``random_us``, ``random_fraction``: in a random layout, where the best
+    of the search's leaders counts as 1.
     """
-    entry = outcome.entry
-    extra = {"suite": case.suite, "count": case.layer.count, "failed": len(outcome.failures)}
+    entry, extra = outcome.entry, {"suite": case.suite, "count": case.layer.count, "failed": len(outcome.failures)}
     if entry is None:
         return [Row("tuning", case.name, "tuned", status=f"{FAILED}: nothing ran", extra=extra)]
-    extra |= {
-        "tried": entry.tried,
-        "kernel": entry.config.kernel,
-        "config": entry.config.to_key(),
-        "seconds": round(outcome.measured_seconds, 2),
-        "compile_seconds": round(outcome.compile_seconds, 1),
-    }
-    search_us = {"default": entry.default_us, "tuned": entry.time_us, "best": entry.time_us}
+    extra |= {"tried": entry.tried, "seconds": outcome.measured_seconds, "compile_seconds": outcome.compile_seconds}
+    best_us = min((time.median_us for time in checked.values()), default=math.nan)
     rows = []
-    for provider, time_ in times.items():
-        more = {
-            "fraction": times["best"].median_us / time_.median_us,
-            "search_fraction": entry.time_us / search_us[provider],
-            "search_us": search_us[provider],
-        }
-        row = Row("tuning", case.name, provider, time_.median_us, time_.p10_us, time_.p90_us)
-        rows.append(replace(row, extra=extra | more))
+    for provider, config in (("default", default), ("tuned", entry.config)):
+        if config not in outcome.times:
+            rows.append(Row("tuning", case.name, provider, status=f"{FAILED}: {outcome.failures[config]}", extra=extra))
+            continue
+        time = outcome.times[config]
+        more = {"kernel": config.kernel, "config": config.to_key(), "fraction": entry.time_us / time.median_us}
+        if config in checked:
+            random_us = checked[config].median_us
+            more |= {"random_us": random_us, "random_fraction": best_us / random_us}
+        rows.append(
+            Row("tuning", case.name, provider, time.median_us, time.p10_us, time.p90_us, extra={**extra, **more})
+        )
     return rows
 
 
@@ -74,13 +73,13 @@ def suite_rows(suite: str, cases: list[TuningCase], rows: list[Row]) -> list[Row
     """All layers of a suite, each as often as the network has it."""
     names = {case.name for case in cases}
     found = []
-    for provider in ("default", "tuned", "best"):
+    for provider in ("default", "tuned"):
         mine = [row for row in rows if row.case in names and row.provider == provider and row.status == OK]
         us, fraction = weighted([(row.extra["count"] * row.median_us, row.extra["fraction"]) for row in mine])
-        searched_us, search_fraction = weighted(
-            [(row.extra["count"] * row.extra["search_us"], row.extra["search_fraction"]) for row in mine]
-        )
-        extra = {"fraction": fraction, "search_fraction": search_fraction, "search_us": searched_us}
+        checked = [row.extra for row in mine if "random_us" in row.extra]
+        random_us, random_fraction = weighted([(e["count"] * e["random_us"], e["random_fraction"]) for e in checked])
+        extra = {"fraction": fraction, "layers": len(mine)}
+        extra |= {"random_us": random_us, "random_fraction": random_fraction} if checked else {}
         found += [Row("tuning", suite, provider, us, extra=extra)] if mine else []
     return found
 
