@@ -236,4 +236,4 @@ def _inverse_or_none(permutation: Tensor | None) -> Tensor | None:
 def _permutation_or_none(permutation: Tensor | None, size: int, device: torch.device) -> Tensor | None:
     if permutation is None or is_identity(permutation):
         return None
-    return validate(permutation, size).to(device)
+    return validate(permutation, size).to(device, copy=True)  # loading a state must not change the caller's
