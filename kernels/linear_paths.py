@@ -22,6 +22,8 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.hopper.linear import supports as hopper_supports
 from tetris.kernels.hopper.linear_schedule import LinearSchedule, make_linear_schedule
+from tetris.kernels.hopper.narrow_linear import supports as narrow_supports
+from tetris.kernels.hopper.narrow_linear_schedule import NarrowSchedule, make_narrow_schedule
 from tetris.kernels.split_schedule import SplitSchedule, make_split_schedule
 from tetris.kernels.split_schedule import supports as split_supports
 from tetris.layout import ceil_div
@@ -30,7 +32,7 @@ DECODE_TOKENS = 16
 """Up to one matrix instruction's columns of tokens."""
 
 
-SCHEDULED = ("hopper", "split")
+SCHEDULED = ("hopper", "narrow", "split")
 """The kernels that take an offline schedule."""
 
 
@@ -67,14 +69,14 @@ def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
 
 
 def hopper_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
-    """256 tokens a task where that makes at least a task for every multiprocessor, else 128.
+    """256 tokens a task where that makes nearly two tasks for every multiprocessor, else 128.
 
-    Below 6 % of the blocks kept, block rows differ so much that smaller tasks pay by their balance (H200, 4096 tokens,
-    25088 -> 4096 at 4 %: 100 against 136 us reordered, 105 against 115 us random).
+    Between one and two, the second round would leave most idle. Below 6 % of the blocks kept, block rows differ so
+    much that smaller tasks pay by their balance (H200, 4096 tokens, 25088 -> 4096 at 4 %: 82 against 88 us reordered).
     """
     tasks = ceil_div(problem.out_features, 128) * ceil_div(problem.tokens, 256)
     kept = problem.n_blocks * problem.block[0] * problem.block[1] / (problem.in_features * problem.out_features)
-    return LinearConfig(kernel="hopper", tile_tokens=256 if tasks >= device.sm_count and kept >= 0.06 else 128)
+    return LinearConfig(kernel="hopper", tile_tokens=256 if tasks >= 1.7 * device.sm_count and kept >= 0.06 else 128)
 
 
 def medium_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
@@ -91,28 +93,51 @@ def medium_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
 
 
 def split_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
-    """The split kernel with tiles of 64 outputs and at most 128 tokens, as deep a pipeline as shared memory holds."""
+    """The split kernel: tiles of 64 outputs and about half of the tokens, as deep a pipeline as shared memory holds.
+
+    H200, 4096 -> 4096, random and reordered at 27 %: 64 tokens in tiles of 32 / 64: 10.9 / 11.9 and 13.0 / 13.7 us;
+    128 in tiles of 64 / 128: 12.0 / 12.7 and 14.8 / 14.4; 256 in tiles of 64 / 128: 14.4 / 13.8 and 17.7 / 15.8.
+    """
     tile_out, tile_k = min(problem.block[0], 64), min(problem.block[1], 64)
-    tile = min(128, next_power_of_two(problem.tokens, 16))
+    half = next_power_of_two(problem.tokens) // 2
+    tile = 16 if problem.tokens <= DECODE_TOKENS else max(32, min(128, half))
     buffers = (device.shared_bytes - 8192) // problem.step_bytes(tile, tile_out, tile_k)
     return LinearConfig(
         kernel="split", tile_tokens=tile, tile_out=tile_out, tile_k=tile_k, num_stages=max(2, min(10, 2 * buffers - 1))
     )
 
 
-def choose_linear_config(problem: LinearProblem, device: DeviceInfo, *, permuted: bool = False) -> LinearConfig:
+def cutting_pays(problem: LinearProblem, longest_row: int) -> bool:
+    """Whether at most 16 tokens are faster with block rows cut along the inputs than one program a row.
+
+    One token: only where one row keeps far more than the others (H200, 25088 -> 4096 at 4 % reordered: 12.7 against
+    42 us; random 10.4 against 11.1; 4096 -> 4096 at 4 % random, where rows are short, 7.5 against 6.9). More tokens,
+    blocks of 64 inputs: always (8 tokens: 58 -> 12.5, 13.3 -> 10.5, 8.0 -> 7.9 us; 4096 -> 14336 16.2 -> 14.4).
+    """
+    mean = problem.n_blocks / problem.block_rows
+    uneven = longest_row > 1.75 * mean and longest_row * problem.block[1] >= 1536
+    return uneven or (problem.tokens > 1 and problem.block[1] >= 64 and not problem.weight_dtype)
+
+
+def choose_linear_config(
+    problem: LinearProblem, device: DeviceInfo, *, permuted: bool = False, longest_row: int = 0
+) -> LinearConfig:
     """The config for a problem nobody tuned.
 
     Args:
         permuted: whether the call gathers its inputs or scatters its outputs; whole tiles then cannot move by TMA.
+        longest_row: blocks of the longest block row; 0 = unknown, taken to be the mean.
     """
+    split = split_config(problem, device)
+    splits = not permuted and split_supports(problem, device, split) is None
     if problem.tokens <= DECODE_TOKENS:
-        return decode_config(problem, device)
+        return split if splits and cutting_pays(problem, longest_row) else decode_config(problem, device)
+    if splits and ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128) <= device.sm_count:
+        return split
     config = hopper_config(problem, device)
-    tasks = ceil_div(problem.out_features, 128) * ceil_div(problem.tokens, config.tile_tokens)
-    if not permuted and tasks >= 0.9 * device.sm_count and hopper_supports(problem, device, config) is None:
+    if not permuted and hopper_supports(problem, device, config) is None:
         return config
-    if tasks < device.sm_count:
+    if ceil_div(problem.out_features, 128) * ceil_div(problem.tokens, 128) < device.sm_count:
         return medium_config(problem, device)
     return default_linear_config(problem, device)
 
@@ -126,6 +151,8 @@ def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearCon
     """Why the config's kernel does not take the problem; None = it does."""
     if config.kernel == "hopper":
         return hopper_supports(problem, device, config)
+    if config.kernel == "narrow":
+        return narrow_supports(problem, device, config)
     if config.kernel == "split":
         return split_supports(problem, device, config)
     if config.kernel == "decode" and problem.tokens > DECODE_TOKENS:
@@ -135,17 +162,21 @@ def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearCon
 
 def linear_schedule(
     problem: LinearProblem, config: LinearConfig, indptr: torch.Tensor, indices: torch.Tensor, sm_count: int
-) -> LinearSchedule | SplitSchedule | None:
+) -> LinearSchedule | NarrowSchedule | SplitSchedule | None:
     """The offline schedule of a config's kernel for one layout; None where it takes none."""
     if config.kernel == "hopper":
         return make_linear_schedule(
             indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
             n_programs=sm_count,
         )  # fmt: skip
+    if config.kernel == "narrow":
+        return make_narrow_schedule(
+            indptr, indices, block=problem.block, tokens=problem.tokens, tile_out=config.tile_out, n_programs=sm_count
+        )
     if config.kernel == "split":
         return make_split_schedule(
             indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
-            tile_out=config.tile_out, n_programs=sm_count,
+            tile_out=config.tile_out, n_programs=sm_count * (2 if config.tile_tokens <= DECODE_TOKENS else 1),
         )  # fmt: skip
     return None
 
@@ -156,6 +187,10 @@ def linear_launcher(kernel: str) -> Callable[..., torch.Tensor]:
         from tetris.kernels.hopper import linear as hopper
 
         return hopper.block_sparse_linear
+    if kernel == "narrow":
+        from tetris.kernels.hopper import narrow_linear
+
+        return narrow_linear.block_sparse_linear
     if kernel == "split":
         from tetris.kernels import linear_split
 

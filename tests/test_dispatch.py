@@ -19,6 +19,7 @@ from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearConfig, Li
 from tetris.kernels.conv2d_paths import conv2d_launcher
 from tetris.kernels.linear_paths import decode_config, linear_launcher, medium_config
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.layout import BlockLayout
 
 CONV = Conv2dProblem(32, 256, 256, 28, 28, (3, 3), (1, 1), (1, 1), (1, 1), (64, 64), "float16", 8)
 LINEAR = LinearProblem(8192, 4096, 4096, (64, 64), "float16", 1106)
@@ -90,6 +91,20 @@ def test_linear_layers_get_the_kernel_of_their_tokens_and_layout(h200):
     wide = replace(LINEAR, in_features=8192, out_features=2048, n_blocks=164)
     scattered = linear_launch(wide, *lists((2048, 8192), 0.04))  # its strips share hardly any inputs
     assert LinearConfig.from_key(scattered.config).kernel == "portable" and scattered.schedule == []
+
+
+def test_a_long_row_overrules_a_choice_that_was_tuned_on_another_layout(h200, monkeypatch: pytest.MonkeyPatch):
+    one = LinearProblem(1, 8192, 1024, (64, 64), "float16", 143)
+    tuned = decode_config(one, H200)
+    monkeypatch.setattr(dispatch, "shipped_linear_choice", lambda problem, device: tuned)
+    mask = torch.zeros(16, 128, dtype=torch.bool)
+    mask[:, 0] = mask[0] = True
+    layout = BlockLayout.from_mask(mask, (1024, 8192), (64, 64))
+    launch = linear_launch(one, layout.indptr, layout.indices)
+    assert LinearConfig.from_key(launch.config).kernel == "split" and len(launch.schedule) == 2
+    even = random_layout((1024, 8192), (64, 64), 0.07).without_empty_rows()
+    assert linear_launch(one, even.indptr, even.indices) == Launch(tuned.to_key(), [])
+    assert linear_launch(one, layout.indptr, layout.indices, key=tuned.to_key()) == Launch(tuned.to_key(), [])
 
 
 def test_older_gpus_run_the_portable_kernels(monkeypatch: pytest.MonkeyPatch):

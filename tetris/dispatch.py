@@ -22,7 +22,13 @@ from tetris.kernels.device import device_info
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear_schedule import LinearSchedule
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
-from tetris.kernels.linear_paths import choose_linear_config, hardly_shares, linear_refuses, linear_schedule
+from tetris.kernels.linear_paths import (
+    choose_linear_config,
+    cutting_pays,
+    hardly_shares,
+    linear_refuses,
+    linear_schedule,
+)
 from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
 
@@ -85,9 +91,12 @@ def conv2d_launch(
 def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:
     """The launch of a linear layer on indptr's device; the config of ``key`` as in :func:`conv2d_launch`."""
     device = device_info(indptr.device)
+    longest_row = int(indptr.diff().max())
     config = LinearConfig.from_key(key) if key else shipped_linear_choice(problem, device)
+    if config is not None and config.kernel == "decode" and not key and cutting_pays(problem, longest_row):
+        config = None  # tuned on another layout
     if config is None or linear_refuses(problem, device, config) is not None:
-        config = choose_linear_config(problem, device)
+        config = choose_linear_config(problem, device, longest_row=longest_row)
     schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
     if schedule is None:
         return Launch(config.to_key())

@@ -31,6 +31,8 @@ def test_a_pointwise_convolution_is_a_linear_layer_over_its_pixels():
     [
         (POINTWISE, H200, "hopper_linear"),
         (POINTWISE, A100, "portable"),
+        (replace(POINTWISE, batch=8), H200, "hopper"),
+        (replace(POINTWISE, c_in=256, c_out=64, height=56, width=56), H200, "hopper"),
         (replace(POINTWISE, kernel_size=(3, 3), padding=(1, 1)), H200, "hopper"),
         (replace(POINTWISE, stride=(2, 2)), H200, "hopper"),
         (replace(POINTWISE, padding=(1, 1)), H200, "hopper"),
@@ -50,8 +52,8 @@ def test_says_why_it_does_not_support():
 
 def test_a_layer_launches_it_with_its_schedule(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "device_info", lambda device: H200)
-    operands = conv2d_operands(CASE, torch.float16, torch.device("cpu"))
-    problem = replace(POINTWISE, batch=3, c_in=136, c_out=200, height=7, width=9)
+    operands = conv2d_operands(replace(CASE, c_out=256, c_in=1024), torch.float16, torch.device("cpu"))
+    problem = replace(POINTWISE, n_blocks=len(operands["indices"]))
     launch = dispatch.conv2d_launch(problem, operands["indptr"], operands["indices"])
     assert Conv2dConfig.from_key(launch.config).kernel == "hopper_linear" and len(launch.schedule) == 3
     pooled = dispatch.conv2d_launch(problem, operands["indptr"], operands["indices"], max_pool=True)

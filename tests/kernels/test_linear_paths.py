@@ -9,7 +9,14 @@ import pytest
 from tetris.bench.cases import random_layout
 from tetris.kernels.configs import DeviceInfo, LinearProblem
 from tetris.kernels.hopper.linear_schedule import make_linear_schedule
-from tetris.kernels.linear_paths import choose_linear_config, hardly_shares
+from tetris.kernels.linear_paths import (
+    choose_linear_config,
+    cutting_pays,
+    hardly_shares,
+    linear_refuses,
+    linear_schedule,
+    split_config,
+)
 
 H200 = DeviceInfo("NVIDIA H200", (9, 0), 132, "3.6.0")
 A100 = DeviceInfo("NVIDIA A100", (8, 0), 108, "3.6.0")
@@ -23,8 +30,15 @@ LARGE = LinearProblem(8192, 4096, 4096, (64, 64), "float16", 1106)
         (LARGE, A100, "portable"),
         (replace(LARGE, dtype="float32"), H200, "portable"),
         (replace(LARGE, block=(16, 16)), H200, "portable"),
-        (replace(LARGE, tokens=128), H200, "portable"),
-        (replace(LARGE, tokens=16), H200, "decode"),
+        (replace(LARGE, tokens=512), H200, "hopper"),
+        (replace(LARGE, tokens=256), H200, "split"),
+        (replace(LARGE, tokens=128), H200, "split"),
+        (replace(LARGE, tokens=128), A100, "portable"),
+        (replace(LARGE, tokens=128, block=(96, 64)), H200, "portable"),
+        (replace(LARGE, tokens=16), H200, "split"),
+        (replace(LARGE, tokens=16, block=(128, 16)), H200, "decode"),
+        (replace(LARGE, tokens=16), A100, "decode"),
+        (replace(LARGE, tokens=1), H200, "decode"),
         (replace(LARGE, tokens=1), A100, "decode"),
     ],
 )
@@ -38,10 +52,34 @@ def test_permuted_calls_do_not_move_whole_tiles():
 
 
 def test_fewer_tokens_take_smaller_tiles_so_that_every_multiprocessor_works():
-    assert choose_linear_config(LARGE, H200).tile_tokens == 256
-    assert choose_linear_config(replace(LARGE, tokens=1024), H200).tile_tokens in (128, 256)
-    few = choose_linear_config(replace(LARGE, tokens=512), H200)
-    assert (few.kernel, few.tile_tokens) != ("hopper", 256)
+    tiles = [choose_linear_config(replace(LARGE, tokens=tokens), H200).tile_tokens for tokens in (8192, 1024, 512)]
+    assert tiles == [256, 128, 128]
+    tiles = [choose_linear_config(replace(LARGE, tokens=tokens), H200).tile_tokens for tokens in (256, 128, 64, 20, 16)]
+    assert tiles == [128, 64, 32, 32, 16]
+
+
+def test_one_token_is_cut_where_a_row_is_far_longer_than_the_others():
+    one = LinearProblem(1, 25088, 4096, (64, 64), "float16", 1003)
+    assert choose_linear_config(one, H200, longest_row=16).kernel == "decode"
+    assert choose_linear_config(one, H200, longest_row=215).kernel == "split"
+    short = replace(one, in_features=4096, n_blocks=163)
+    assert choose_linear_config(short, H200, longest_row=8).kernel == "decode", "three times the mean, but short"
+    assert cutting_pays(replace(one, tokens=8), 16) and not cutting_pays(
+        replace(one, tokens=8, weight_dtype="int8"), 16
+    )
+
+
+def test_schedules_by_the_kernel():
+    layout = random_layout((512, 8192), (64, 64), 0.3).without_empty_rows()
+    problem = LinearProblem(64, 8192, 512, (64, 64), "float16", layout.n_blocks)
+    made = {}
+    for kernel in ("portable", "split", "hopper"):
+        config = replace(split_config(problem, H200), kernel=kernel, tile_tokens=128)
+        assert linear_refuses(problem, H200, config) is None
+        made[kernel] = linear_schedule(problem, config, layout.indptr, layout.indices, 132)
+    assert made["portable"] is None and len(made["split"].tensors) == 2 and len(made["hopper"].tensors) == 3
+    decode = replace(config, kernel="decode")
+    assert "16 tokens" in (linear_refuses(problem, H200, decode) or "")
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(0.04, True), (0.27, False), (1.0, False)])
