@@ -18,7 +18,7 @@ from tetris.bench.conv_bench import conv_ceilings
 from tetris.bench.conv_cases import FLAGSHIP, Case
 from tetris.bench.conv_measure import add_compile_argument, compile_all, measure
 from tetris.bench.report import table
-from tetris.bench.rows import Row
+from tetris.bench.rows import Row, write_csv
 
 BLOCKS = ((32, 32), (64, 16), (64, 32), (64, 64), (128, 64), (128, 128))
 SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             extra = {"figure": name, "layer": case.layer.name}
             measured = measure(case, ceilings, args.candidates, args.repeats)
             rows += [replace(row, bench="conv_figures", extra=row.extra | extra) for row in measured]
+            write_csv(Path(args.out) / "conv_figures.csv", rows)  # a run that is cut short keeps what it measured
         torch.cuda.empty_cache()
     draw(rows, Path(args.out))
     return rows
