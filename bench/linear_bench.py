@@ -90,12 +90,15 @@ def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
     if problem.tokens <= DECODE_TOKENS:
         base = decode_config(problem, info)
         shapes = [(16, 256, 4, 1), (64, 128, 4, 5), (64, 256, 4, 3)]
-        return [
+        found = [
             replace(base, tile_out=out, tile_k=k, num_warps=warps, num_stages=stages)
             for out, k, warps, stages in shapes
             if k >= base.tile_k // 2
-        ]
+        ] + [split_config(problem, info)]
+        return [config for config in found if linear_refuses(problem, info, config) is None]
     found = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in (256, 128)]
+    if problem.tokens > SHORT_TOKENS and min(problem.block) < 64:
+        found += [LinearConfig(kernel="narrow", tile_out=outputs) for outputs in (256, 384)]
     if problem.tokens <= SHORT_TOKENS:
         found += [replace(split_config(problem, info), tile_tokens=tile) for tile in (128, 64)]
     portable = default_linear_config(problem, info)
@@ -191,15 +194,27 @@ def compile_one(job: tuple[Case, int]) -> None:
     """Run everything of a case once, in a process of its own: leaves the kernels in the compiler's cache on disk."""
     case, sweep = job
     torch.set_num_threads(1)
-    made = contest(case, Operands.of(case, "cuda"), "cuda", sweep)
-    made.choose("cuda", short=False)
+    try:
+        contest(case, Operands.of(case, "cuda"), "cuda", sweep).choose("cuda", short=False)
+    except Exception as error:  # the measurement will meet it again and write it down
+        print(f"{case.name}: not compiled ahead: {type(error).__name__}: {error}"[:200], flush=True)
+
+
+def compile_jobs(cases: Sequence[Case], sweep: int) -> list[tuple[Case, int]]:
+    """What to compile: every case, torch's BSR with all launch parameters once for each of its kernels."""
+    jobs, seen = [], set()
+    for case in cases:
+        kernel = (case.block, case.dtype, case.layer.tokens, case.layer.in_features)
+        jobs.append((case, 0 if kernel in seen else sweep))
+        seen.add(kernel)
+    return jobs
 
 
 def compile_all(cases: Sequence[Case], sweep: int) -> None:
     """Compile what the cases run, in parallel."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(15, max(1, (os.cpu_count() or 2) - 1)), mp_context=context) as pool:
-        list(pool.map(compile_one, [(case, sweep) for case in cases]))
+        list(pool.map(compile_one, compile_jobs(cases, sweep)))
 
 
 def measure(case: Case, args: argparse.Namespace, ceilings: Ceilings | None) -> list[Row]:

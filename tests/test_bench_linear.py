@@ -125,7 +125,8 @@ def test_configurations_that_do_not_fit_are_passed_over(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernels"), [(1, {"decode"}), (128, {"hopper", "split", "portable"}), (8192, {"hopper", "portable"})]
+    ("tokens", "kernels"),
+    [(1, {"decode", "split"}), (128, {"hopper", "split", "portable"}), (8192, {"hopper", "portable"})],
 )
 def test_candidates_are_the_kernels_that_suit_the_tokens(tokens, kernels):
     problem = LinearProblem(tokens, 4096, 4096, (64, 64), "float16", 1100)
@@ -175,3 +176,10 @@ def test_the_hopper_launcher_hands_over_tiles_and_schedule(monkeypatch: pytest.M
         hopper.block_sparse_linear(operands.x, *lists, out_features=256, config=config, input_permutation=order)
     empty = hopper.block_sparse_linear(operands.x[:0], *lists, out_features=256, config=config)
     assert empty.shape == (0, 256) and len(kernel.launches) == 1
+
+
+def test_cases_that_share_kernels_sweep_the_peer_once():
+    jobs = linear_bench.compile_jobs(CASES, 8)
+    assert [case for case, _ in jobs] == list(CASES)
+    swept = [case for case, sweep in jobs if sweep]
+    assert len(swept) < len(CASES) and {case.block for case in swept} == {case.block for case in CASES}
