@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         torch.cuda.empty_cache()
     if everything:
         rows += permuted_rows(args.repeats)
+        write_csv(args.out / "conv.csv", rows)
         rows += chain_rows(args.candidates, args.repeats, ceilings["float16"])
     draw(rows, args.out)
     return rows
