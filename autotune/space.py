@@ -55,6 +55,7 @@ def config_space(problem: Problem, device: DeviceInfo, max_pool: bool = False) -
         found += [
             *_portable_linear(problem, device),
             *_hopper_linear(problem, device),
+            *_narrow_linear(problem, device),
             *_split_linear(problem, device),
             *_decode_linear(problem, device),
         ]
@@ -147,6 +148,12 @@ def _hopper_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Linea
         config = LinearConfig(kernel="hopper", tile_tokens=tile)
         if linear_refuses(problem, device, config) is None:
             yield config
+
+
+def _narrow_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
+    config = LinearConfig(kernel="narrow")
+    if linear_refuses(problem, device, config) is None:
+        yield config
 
 
 def _split_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:

@@ -170,9 +170,7 @@ def linear_schedule(
             n_programs=sm_count,
         )  # fmt: skip
     if config.kernel == "narrow":
-        return make_narrow_schedule(
-            indptr, indices, block=problem.block, tokens=problem.tokens, tile_out=config.tile_out, n_programs=sm_count
-        )
+        return make_narrow_schedule(indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=sm_count)
     if config.kernel == "split":
         return make_split_schedule(
             indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,

@@ -8,10 +8,10 @@ import torch
 
 from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
-from tetris.kernels.hopper.linear import BARRIER_BYTES, ITEM_SIZE, SHARED_LIMIT
+from tetris.kernels.hopper.linear import ITEM_SIZE
 from tetris.kernels.hopper.linear import supports as linear_supports
 from tetris.kernels.hopper.narrow_linear_schedule import (
-    CHUNK,
+    LINE,
     STAGE_K,
     TILE_TOKENS,
     make_narrow_schedule,
@@ -19,16 +19,10 @@ from tetris.kernels.hopper.narrow_linear_schedule import (
     strip_outputs,
 )
 
-TILE_OUTS = (256, 384)
-"""Outputs of a task; 384 sums a token are what the registers of two warp groups hold."""
-OUTPUT_BYTES = 4 * 64 * CHUNK * ITEM_SIZE
-"""Two output tiles of 64 x 64 for each matrix warp group."""
-
-
-def ring_stages(block: tuple[int, int]) -> int:
-    """Stages of the ring that fit into shared memory beside the output tiles."""
-    weights = stage_slots(block) * strip_outputs(block[0]) * block[1]
-    return (SHARED_LIMIT - BARRIER_BYTES - OUTPUT_BYTES) // ((TILE_TOKENS * STAGE_K + weights) * ITEM_SIZE)
+STAGES = 4
+"""Of the ring: 48 kB each beside 32 kB of output tiles fill shared memory."""
+LEAST_WEIGHTS = 1024
+"""Of a block: a stage has place for 16 weight tiles."""
 
 
 def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:
@@ -36,10 +30,10 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
     block_out, block_in = problem.block
     if reason := linear_supports(problem, device, LinearConfig(kernel="hopper", tile_tokens=128)):
         return reason
-    if block_in > STAGE_K or (block_out < CHUNK and block_in == 16):
-        return f"takes blocks of 16 (64 outputs and more), 32 or 64 inputs; got {block_out} x {block_in}"
-    if config.tile_tokens != TILE_TOKENS or config.tile_out not in TILE_OUTS:
-        return f"takes tile_tokens {TILE_TOKENS}, tile_out in {TILE_OUTS}; got {config.tile_tokens}, {config.tile_out}"
+    if block_in > STAGE_K or block_out * block_in < LEAST_WEIGHTS:
+        return f"takes blocks of 16, 32 or 64 inputs and {LEAST_WEIGHTS} weights or more; got {block_out} x {block_in}"
+    if config.tile_tokens != TILE_TOKENS:
+        return f"takes tile_tokens {TILE_TOKENS}; got {config.tile_tokens}"
     return None
 
 
@@ -92,20 +86,18 @@ def block_sparse_linear(
         return output
     if schedule is None:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-        schedule = make_narrow_schedule(
-            indptr, indices, block=block, tokens=tokens, tile_out=config.tile_out, n_programs=programs
-        ).tensors
+        schedule = make_narrow_schedule(indptr, indices, block=block, tokens=tokens, n_programs=programs).tensors
     groups, entries, program_ptr, order = schedule
     n = strip_outputs(block[0])
 
     def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-        layout = NVMMASharedLayout(STAGE_K * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, STAGE_K], layout)
+        layout = NVMMASharedLayout(LINE * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, LINE], layout)
 
     y_desc = descriptor(y, 64)
     narrow_block_sparse_linear_kernel[(len(program_ptr) - 1,)](
         descriptor(x2, TILE_TOKENS),
-        descriptor(values.view(-1, STAGE_K), n * block[1] // STAGE_K),
+        descriptor(values.view(-1, LINE), n * block[1] // LINE),
         y_desc,
         y_desc if residual is None else descriptor(residual.reshape(tokens, out_features).contiguous(), 64),
         y if bias is None else bias,
@@ -116,10 +108,9 @@ def block_sparse_linear(
         len(groups),
         out_features,
         N=n,
-        STRIPS=config.tile_out // n,
         TILE_K=block[1],
         SLOTS=stage_slots(block),
-        STAGES=config.x_stages or ring_stages(block),
+        STAGES=config.x_stages or STAGES,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

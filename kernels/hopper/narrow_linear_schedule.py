@@ -1,9 +1,7 @@
 """The offline schedule of the Hopper linear layer for narrow blocks: groups of strips, their stages, and who does what.
 
-1. *strips*: block rows of 32 outputs, or 64 outputs of taller ones; neighbouring strips form *groups* of nearly equal
-   size, as many groups as keep all programs busy to the end (see ``_split``);
-2. the *stages* of a group: per 64 inputs that any of its strips keeps, the kept weight tiles in the order (input,
-   strip); one with more tiles than a stage holds comes several times;
+1. *strips*: block rows, or 64 or 128 outputs of taller ones; 256 neighbouring outputs form a *group*;
+2. the *stages* of a group: per 64 inputs that any of its strips keeps, the kept weight tiles;
 3. the *tasks*, one per (128 tokens, group), dealt to the programs in the order of the tokens (see ``schedule``).
 """
 
@@ -18,30 +16,27 @@ from tetris.kernels.hopper.schedule import Schedule, make_schedule
 from tetris.layout import ceil_div
 
 TILE_TOKENS = 128
+TILE_OUT = 256
 STAGE_K = 64
-CHUNK = 64
-"""Outputs that are stored together; a group is a multiple of it."""
-WEIGHT_BYTES = 20480
-"""Room for a stage's weights: at 27 % kept one stage in fifty needs more."""
-GROUP_FIELDS = 4
-ENTRY_FIELDS = 3
+LINE = 64
+"""Weights that are fetched side by side: 128 bytes."""
 
-BYTES_PER_CLOCK = 50
-"""What the L2 cache delivers to a multiprocessor of an H200 whose neighbours ask for the same input tiles."""
-CLOCKS_PER_ROW = 2.1
-"""The copy engine's, for each row of 128 bytes."""
+STAGE_CLOCKS = 250
+"""A stage's barriers, loads and branches."""
+PRODUCT_CLOCKS = 3e-4
+"""One multiplication on the matrix unit is 1/4096 of a clock; a little more with the branch."""
 FIXED_CLOCKS = 2000
 """A task's prologue and epilogue."""
 
 
 def strip_outputs(block_out: int) -> int:
     """Outputs of a strip."""
-    return min(block_out, CHUNK)
+    return next(n for n in (128, 64, 32) if block_out % n == 0)
 
 
 def stage_slots(block: tuple[int, int]) -> int:
-    """Weight tiles that a stage holds; at least 3."""
-    return max(3, WEIGHT_BYTES // (2 * strip_outputs(block[0]) * block[1]))
+    """Weight tiles in a stage when all are kept."""
+    return TILE_OUT // strip_outputs(block[0]) * (STAGE_K // block[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +44,10 @@ class NarrowSchedule:
     """What the device code walks through; all int32 tensors on one device.
 
     Attributes:
-        groups: [n_groups, 4]: first entry, number of stages, first output feature, the feature after the last.
-        entries: [n_stages + 1, 3 + slots]: per stage its first input feature; how many weight tiles it multiplies;
-            their mask (bit ``input tile of the stage * strips of a group + strip``); the first row of each in
-            ``values.view(-1, 64)``. The last is empty.
+        groups: [n_groups, 2]: first entry and number of stages.
+        entries: [n_stages + 1, 3 + slots]: per stage its first input feature; the number of kept weight tiles; their
+            mask (bit = slot = ``input tile of the stage * strips of a group + strip``); for each of them
+            ``slots * first row in values.view(-1, 64) + slot``. The last is empty.
         tasks: token tile * n_groups + group, dealt to the programs.
     """
 
@@ -68,98 +63,47 @@ class NarrowSchedule:
 
 def _tiles(indptr: np.ndarray, indices: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """[n_tiles, 3] int64: strip, input tile and first row in ``values.view(-1, 64)`` of every kept weight tile."""
-    block_out, block_in = block
-    parts = block_out // strip_outputs(block_out)
-    row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    blocks = np.stack([row * parts, indices, np.arange(len(indices)) * (block_out * block_in // CHUNK)], axis=1)
-    step = np.array([1, 0, strip_outputs(block_out) * block_in // CHUNK])
-    return (blocks[:, None] + np.arange(parts)[None, :, None] * step).reshape(-1, 3)
-
-
-def _entries(tiles: np.ndarray, first_strip: int, strips: int, per_stage: int, slots: int) -> list[list[int]]:
-    """The stages of one group.
-
-    Args:
-        tiles: the group's, as from :func:`_tiles`.
-        strips: of a full group, the stride of the mask's bits; per_stage: input tiles of a stage.
-    """
-    bits = tiles[:, 1] % per_stage * strips + tiles[:, 0] - first_strip
-    stage = tiles[:, 1] // per_stage
-    order = np.lexsort((bits, stage))
-    entries = []
-    starts = np.flatnonzero(np.diff(stage[order], prepend=-1))
-    for start, end in zip(starts, np.append(starts[1:], len(order))):
-        for begin in range(start, end, slots):
-            chosen = order[begin : min(begin + slots, end)]
-            mask = int(sum(1 << int(bit) for bit in bits[chosen]))
-            rows = tiles[chosen, 2].tolist()
-            entries.append([int(stage[order[start]]) * STAGE_K, len(rows), mask, *rows, *[0] * (slots - len(rows))])
-    return entries
-
-
-def _clocks(entries: list[list[int]], block: tuple[int, int]) -> float:
-    """What the stages of a group take: the longest of fetching bytes, fetching rows and multiplying."""
     outputs = strip_outputs(block[0])
-    kept = sum(entry[1] for entry in entries)
-    rows = len(entries) * TILE_TOKENS + kept * outputs * block[1] // CHUNK
-    multiply = kept * TILE_TOKENS * outputs * block[1] / 2048
-    return max(128 * rows / BYTES_PER_CLOCK, CLOCKS_PER_ROW * rows, multiply)
+    parts, lines = block[0] // outputs, outputs * block[1] // LINE
+    row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    blocks = np.stack([row * parts, indices, np.arange(len(indices)) * parts * lines], axis=1)
+    return (blocks[:, None] + np.arange(parts)[None, :, None] * np.array([1, 0, lines])).reshape(-1, 3)
 
 
 def make_narrow_schedule(
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    *,
-    block: tuple[int, int],
-    tokens: int,
-    tile_out: int,
-    n_programs: int,
+    indptr: torch.Tensor, indices: torch.Tensor, *, block: tuple[int, int], tokens: int, n_programs: int
 ) -> NarrowSchedule:
-    """The schedule of one layer for one number of tokens; pure; tens of ms of host time.
+    """The schedule of one layer for one number of tokens; pure; about 20 ms of host time.
 
     Args:
-        indptr, indices: the layout's CSR (int32).
-        block: (BLOCK_OUT, BLOCK_IN): 32 or a multiple of 64 outputs, 16, 32 or 64 inputs.
+        indptr, indices: the layout's CSR (int32), every block row with at least one block.
+        block: (BLOCK_OUT, BLOCK_IN): a multiple of 32 outputs, 16, 32 or 64 inputs; at least 1024 weights.
         tokens: rows of x.
-        tile_out: outputs of the largest group, a multiple of 64.
         n_programs: persistent programs, the GPU's multiprocessors.
     Returns:
-        The schedule that is estimated to end first among a few numbers of groups, on the device of ``indptr``.
+        The schedule, on the device of ``indptr``.
     """
-    ptr, idx = indptr.cpu().numpy(), indices.cpu().numpy()
-    tiles = _tiles(ptr, idx.astype(np.int64), block)
-    chunks = ceil_div((len(ptr) - 1) * block[0], CHUNK)
-    least = ceil_div(chunks, tile_out // CHUNK)
-    plans = [
-        _plan(tiles, chunks, n, block, tokens, tile_out, n_programs) for n in range(least, min(least + 3, chunks) + 1)
-    ]
-    _, groups, entries, tasks = min(plans, key=lambda plan: plan[0])
-    entries.append([0] * len(entries[0]))
+    outputs, slots, per_stage = strip_outputs(block[0]), stage_slots(block), STAGE_K // block[1]
+    strips = TILE_OUT // outputs
+    tiles = _tiles(indptr.cpu().numpy(), indices.cpu().numpy().astype(np.int64), block)
+    group, stage = tiles[:, 0] // strips, tiles[:, 1] // per_stage
+    slot = tiles[:, 1] % per_stage * strips + tiles[:, 0] % strips
+    order = np.lexsort((slot, stage, group))
+    _, starts, counts = np.unique(np.stack([group, stage])[:, order], axis=1, return_index=True, return_counts=True)
+    entries = np.zeros((len(starts) + 1, 3 + slots), np.int64)
+    entries[:-1, 0], entries[:-1, 1] = stage[order][starts] * STAGE_K, counts
+    which = np.repeat(np.arange(len(starts)), counts)
+    np.add.at(entries[:, 2], which, 1 << slot[order])
+    entries[which, 3 + np.arange(len(order)) - starts[which]] = (tiles[:, 2] * slots + slot)[order]
+    ends = np.bincount(group[order][starts]).cumsum()
+    stages = np.diff(ends, prepend=0)
+    products = np.bincount(group) * (TILE_TOKENS * outputs * block[1] * PRODUCT_CLOCKS)
+    tasks = make_schedule(
+        (stages * STAGE_CLOCKS + products).tolist(), ceil_div(tokens, TILE_TOKENS), n_programs, tile_cost=FIXED_CLOCKS
+    )
     device = indptr.device
     return NarrowSchedule(
-        torch.tensor(groups, dtype=torch.int32, device=device),
+        torch.tensor(np.stack([ends - stages, stages], axis=1), dtype=torch.int32, device=device),
         torch.tensor(entries, dtype=torch.int32, device=device),
         tasks.to(device),
     )
-
-
-def _plan(
-    tiles: np.ndarray, chunks: int, n_groups: int, block: tuple[int, int], tokens: int, tile_out: int, n_programs: int
-) -> tuple[float, list[list[int]], list[list[int]], Schedule]:
-    """(estimated end, groups, entries, tasks) with ``n_groups`` groups of nearly as many outputs."""
-    outputs, per_stage = strip_outputs(block[0]), STAGE_K // block[1]
-    groups: list[list[int]] = []
-    entries: list[list[int]] = []
-    clocks = []
-    for g in range(n_groups):
-        first, end = (CHUNK * (i * chunks // n_groups) for i in (g, g + 1))
-        strips = tiles[:, 0] * outputs
-        own = tiles[(strips >= first) & (strips < end)]
-        stages = _entries(own, first // outputs, tile_out // outputs, per_stage, stage_slots(block))
-        groups.append([len(entries), len(stages), first, end])
-        entries += stages
-        clocks.append(_clocks(stages, block))
-    token_tiles = ceil_div(tokens, TILE_TOKENS)
-    tasks = make_schedule(clocks, token_tiles, n_programs, tile_cost=FIXED_CLOCKS)
-    total = token_tiles * (sum(clocks) + n_groups * FIXED_CLOCKS)
-    return tasks.makespan * total / tasks.programs, groups, entries, tasks

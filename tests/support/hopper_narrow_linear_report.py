@@ -18,31 +18,29 @@ from tetris.kernels.hopper.narrow_linear_schedule import make_narrow_schedule
 
 FUSED = {"extras": ("bias", "residual"), "activation": "gelu"}
 CASES = {
-    "32x32": (LinearCase(512, 512, (32, 32), (1000,), extras=()), 384, torch.float16),
-    "32x32, 256 outputs": (LinearCase(512, 512, (32, 32), (1000,), extras=()), 256, torch.float16),
-    "32x32 fused": (LinearCase(512, 512, (32, 32), (1000,), **FUSED), 384, torch.float16),
-    "32x64 fused": (LinearCase(512, 512, (32, 64), (1000,), **FUSED), 384, torch.bfloat16),
-    "64x16 fused": (LinearCase(512, 512, (64, 16), (1000,), **FUSED), 384, torch.bfloat16),
-    "128x16": (LinearCase(512, 512, (128, 16), (1000,), activation="relu6"), 384, torch.float16),
-    "64x64 fused": (LinearCase(512, 512, (64, 64), (1000,), **FUSED), 384, torch.float16),
+    "32x32": (LinearCase(512, 512, (32, 32), (1000,), extras=()), torch.float16),
+    "32x32 fused": (LinearCase(512, 512, (32, 32), (1000,), **FUSED), torch.float16),
+    "32x64 fused": (LinearCase(512, 512, (32, 64), (1000,), **FUSED), torch.bfloat16),
+    "64x16 fused": (LinearCase(512, 512, (64, 16), (1000,), **FUSED), torch.bfloat16),
+    "128x16": (LinearCase(512, 512, (128, 16), (1000,), activation="relu6"), torch.float16),
+    "128x64 fused": (LinearCase(512, 512, (128, 64), (1000,), **FUSED), torch.float16),
 }
 
 
 def main() -> None:
     """Compile every case and print its facts."""
     facts = {}
-    for name, (case, tile_out, dtype) in CASES.items():
+    for name, (case, dtype) in CASES.items():
         operands = linear_operands(case, dtype, torch.device("cpu"))
         schedule = make_narrow_schedule(
             operands["indptr"],
             operands["indices"],
             block=case.block,
             tokens=case.tokens[0],
-            tile_out=tile_out,
             n_programs=132,
         )
         with compiling(90) as results:
-            config = LinearConfig(kernel="narrow", tile_out=tile_out)
+            config = LinearConfig(kernel="narrow")
             block_sparse_linear(**operands, config=config, schedule=schedule.tensors)
         facts[name] = dataclasses.asdict(results[0])
     print(json.dumps(facts))
