@@ -14,7 +14,7 @@ class Member:
 
     Attributes:
         module: qualified name.
-        role: "output" (weight dim 0), "input" (weight dim 1) or "per_channel" (norms, depthwise convolutions).
+        role: "output" (weight dim 0), "input" (weight dim 1) or "per_channel" (norms, depthwise convolutions, embeddings).
         repeats: consecutive features per channel; > 1 after flattening images.
         start: channels of other groups before this one's, in a concatenation.
     """
@@ -56,7 +56,7 @@ class ModelGraph:
         module: the traced module; nodes carry ``tensor_meta``.
         groups: all channel groups.
         inputs, outputs: every layer's input and output channels, by module name.
-        per_channel: the channels of every norm and depthwise convolution, by module name.
+        per_channel: the channels of every norm, depthwise convolution and embedding, by module name.
     """
 
     module: fx.GraphModule

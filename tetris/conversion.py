@@ -254,7 +254,10 @@ class _Converter:
 
 
 def _permute_parameters(module: nn.Module, order: torch.Tensor) -> None:
-    """Per-channel parameters and statistics (norms, depthwise convolutions) follow their group's order."""
+    """Per-channel parameters and statistics (norms, depthwise convolutions, embeddings) follow their group's order."""
+    if isinstance(module, nn.Embedding):  # a new tensor: a language model's last layer may share the old one
+        module.weight = nn.Parameter(module.weight.data[:, order.to(module.weight.device)], requires_grad=False)
+        return
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if tensor.dim() >= 1 and tensor.shape[0] == len(order):
             tensor.data = tensor.data[order.to(tensor.device)]

@@ -233,6 +233,10 @@ class _Grouping:
         ):
             self.join(self.per_channel, x, name, "per_channel")
             return x
+        if isinstance(module, nn.Embedding):
+            rows = _Label((self.new_group(module.embedding_dim),), rank - 1)
+            self.join(self.per_channel, rows, name, "per_channel")
+            return rows
         if isinstance(module, ELEMENTWISE_MODULES):
             return x
         if isinstance(module, POOLING_MODULES) and x is not None and x.dim == 1:

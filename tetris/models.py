@@ -210,6 +210,23 @@ class TransformerBlock(nn.Module):
         return x + self.down_proj(self.act(self.up_proj(self.ln_2(x))))
 
 
+class LanguageModel(nn.Module):
+    """Token and position embeddings, transformer blocks, norm, and a head that shares the token embedding's weight."""
+
+    def __init__(self, vocabulary: int = 256, width: int = 64, heads: int = 4, blocks: int = 2, length: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
 class DenseBlock(nn.Module):
     """DenseNet's: every stage reads the input and all stages before it, concatenated, through norm, ReLU and a 3x3."""
 
