@@ -14,7 +14,7 @@ class Member:
 
     Attributes:
         module: qualified name.
-        role: "output" (weight dim 0), "input" (weight dim 1) or "per_channel" (norms, depthwise convolutions, embeddings).
+        role: "output" (weight dim 0), "input" (weight dim 1) or "per_channel" (norms, depthwise, embeddings).
         repeats: consecutive features per channel; > 1 after flattening images.
         start: channels of other groups before this one's, in a concatenation.
     """

@@ -289,10 +289,11 @@ class _Grouping:
             return labels[0]
         a, b = labels
         shapes = [self.shape(o) or () for o in operands]
-        same = a and b and (a.dim, a.repeats) == (b.dim, b.repeats) and len(shapes[0]) == len(shapes[1])
+        ranks = [len(shape) for shape in shapes]
+        same = a and b and (a.dim - ranks[0], a.repeats) == (b.dim - ranks[1], b.repeats)  # broadcasting adds in front
         if a and b and same and shapes[0][a.dim] == shapes[1][b.dim]:
             self.match(a, b, f"{node.name} meets channels that are concatenated in different parts")
-            return a
+            return a if ranks[0] >= ranks[1] else b
         self.unknown(node)
         return None
 
