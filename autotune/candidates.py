@@ -10,7 +10,7 @@ from tetris.autotune.problems import Problem
 from tetris.autotune.space import Config, config_space, default_config
 from tetris.kernels.configs import DeviceInfo
 
-WITHIN, PORTABLE_WITHIN = 2.0, 1.3
+WITHIN, PORTABLE_WITHIN = 1.5, 1.2
 """A full search leaves out what is estimated to take longer than this times the best; of the portable kernel less is
 worth trying, because it has hundreds of configurations and wins where the specialised ones do not run."""
 MOST_PORTABLE = 32

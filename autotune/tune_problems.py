@@ -36,11 +36,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A layer to tune: its name, itself and what it gets."""
+    """A layer to tune: its name, itself, what it gets, and how many configurations to measure (None: a full search)."""
 
     name: str
     layer: SparseLayer
     x: LayerInput
+    budget: int | None = None
 
     @property
     def problem(self) -> Problem:
@@ -87,14 +88,12 @@ class Search:
 
     Attributes:
         wanted: the problems; the same list in every process of the team.
-        budget: configurations to measure of each; None = a full search (see ``candidates``).
         team: processes that share the work; None = this one.
         tried: what will be measured, by the problems' keys.
     """
 
     wanted: Sequence[Wanted]
     device: DeviceInfo
-    budget: int | None = None
     team: Team = field(default_factory=Team.alone)
     progress: Progress | None = None
     tried: dict[str, list[Config]] = field(init=False)
@@ -102,7 +101,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.tried = {
-            item.key: candidates(item.problem, self.device, pools(item.layer), self.budget) for item in self.wanted
+            item.key: candidates(item.problem, self.device, pools(item.layer), item.budget) for item in self.wanted
         }
         self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
 

@@ -155,13 +155,13 @@ def tune_model(
     tuning = Tuning()
     distinct: dict[str, Wanted] = {}
     for name, x in inputs.items():
-        item = Wanted(name, layers[name], x)
+        item = Wanted(name, layers[name], x, budget)
         distinct.setdefault(item.key, item)
         tuning.layers.setdefault(item.key, []).append(name)
     device = device_info(next(iter(inputs.values())).device)
     known = {} if again else {key: _known(store, item, device) for key, item in distinct.items()}
     missing = json.loads(team.agree("missing", json.dumps([key for key in distinct if known.get(key) is None])))
-    search = Search([distinct[key] for key in missing], device, budget, team, progress)
+    search = Search([distinct[key] for key in missing], device, team, progress)
     search.compile(workers)
     found = search.measure(store, tuning.add)
     by_key = {problem_key(entry.problem, entry.max_pool): entry for entry in found}

@@ -31,8 +31,8 @@ WITHOUT_CONFIGURATIONS = ("cpu",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), help="default: all of the targets")
-    parser.add_argument("--budget", type=int, help="configurations to measure a layer; default: a full search")
+    names = ", ".join(sorted(SUITES))
+    parser.add_argument("--suite", nargs="+", type=suite_and_budget, help=f"{names}; NAME:6 measures 6 choices a layer")
     parser.add_argument(
         "--stage", choices=("both", "compile", "measure"), default="both", help="measure: after a run that compiled"
     )
@@ -47,14 +47,23 @@ def run(args: argparse.Namespace) -> list[Row]:
     if args.device in WITHOUT_CONFIGURATIONS:
         book.add([Row("tuning", "all", "search", status=f"{SKIPPED}: the CPU path has no configurations")])
         return book.rows
-    suites = {name: chosen(name, args.layers) for name in args.suite or (QUICK if args.quick else FULL)}
+    suites = args.suite or [(name, None) for name in (QUICK if args.quick else FULL)]
+    searches = [(name, chosen(name, args.layers), budget) for name, budget in suites]
     if args.stage == "compile":
-        compile_suites([case for cases in suites.values() for case in cases], args, book)
+        compile_suites([(case, budget) for _, cases, budget in searches for case in cases], args, book)
         return book.rows
     known = known_failures(args.out) if args.stage == "measure" else {}
-    for suite, cases in suites.items():
-        tune_suite(suite, cases, args, book, known)
+    for suite, cases, budget in searches:
+        tune_suite(suite, cases, budget, args, book, known)
     return book.rows
+
+
+def suite_and_budget(text: str) -> tuple[str, int | None]:
+    """ "resnet50:6" -> ("resnet50", 6); without a number None: a full search."""
+    name, _, budget = text.partition(":")
+    if name not in SUITES:
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(sorted(SUITES))}; got {name!r}")
+    return name, int(budget) if budget else None
 
 
 def chosen(suite: str, part: str | None) -> list[TuningCase]:
@@ -67,18 +76,18 @@ def show(rows: list[Row]) -> str:
     return table(rows, extra=["fraction", "random_fraction", "kernel", "tried", "failed", "seconds"])
 
 
-def search_of(cases: list[TuningCase], args: argparse.Namespace) -> Search:
-    """The search over the cases' layers."""
-    wanted = [case.wanted(args.device, DTYPE) for case in cases]
-    return Search(wanted, device_info(args.device), args.budget)
+def search_of(cases: list[tuple[TuningCase, int | None]], args: argparse.Namespace) -> Search:
+    """The search over the cases' layers, each with its budget."""
+    wanted = [case.wanted(args.device, DTYPE, budget=budget) for case, budget in cases]
+    return Search(wanted, device_info(args.device))
 
 
-def compile_suites(cases: list[TuningCase], args: argparse.Namespace, book: Book) -> None:
+def compile_suites(cases: list[tuple[TuningCase, int | None]], args: argparse.Namespace, book: Book) -> None:
     """Leave all kernels in the compiler's cache, and a list of those that failed."""
     started = time.monotonic()
     search = search_of(cases, args)
     results = search.compile(args.workers)
-    by_name = {case.name: case for case in cases}
+    by_name = {case.name: case for case, _ in cases}
     for item in search.wanted:
         book.add([], failure_rows(by_name[item.name], search.outcome(item)))
     extra = {"compile_wall_seconds": time.monotonic() - started, "tried": len(results)}
@@ -87,7 +96,12 @@ def compile_suites(cases: list[TuningCase], args: argparse.Namespace, book: Book
 
 
 def tune_suite(
-    suite: str, cases: list[TuningCase], args: argparse.Namespace, book: Book, known: dict[tuple[str, str], str]
+    suite: str,
+    cases: list[TuningCase],
+    budget: int | None,
+    args: argparse.Namespace,
+    book: Book,
+    known: dict[tuple[str, str], str],
 ) -> None:
     """Search all layers of a suite, but for failures that are known, and compare the choices with the defaults."""
     by_name = {case.name: case for case in cases}
@@ -105,7 +119,7 @@ def tune_suite(
         checked_seconds += time.monotonic() - started
 
     started = time.monotonic()
-    search = search_of(cases, args)
+    search = search_of([(case, budget) for case in cases], args)
     if args.stage == "both":
         search.compile(args.workers)
     for item in search.wanted:
@@ -122,6 +136,7 @@ def tune_suite(
         "measured_seconds": sum(outcome.measured_seconds for outcome in outcomes),
         "workers": default_workers() if args.workers is None else args.workers,
         "layers": len(cases),
+        "budget": budget or "full",
         "tried": sum(map(len, search.tried.values())),
         "failed": sum(len(outcome.failures) for outcome in outcomes),
     }

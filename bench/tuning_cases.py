@@ -43,24 +43,28 @@ class TuningCase:
     def name(self) -> str:
         return f"{self.suite} {self.layer.name}"
 
-    def wanted(self, device: str, dtype: torch.dtype, layout_kind: str = "reordered") -> Wanted:
-        """The layer with random values; ``layout_kind`` as in ``cases.LAYOUTS``."""
+    def wanted(
+        self, device: str, dtype: torch.dtype, layout_kind: str = "reordered", budget: int | None = None
+    ) -> Wanted:
+        """The layer with random values; ``layout_kind`` as in ``cases.LAYOUTS``, ``budget`` as for ``candidates``."""
         case, options = self.layer, {"activation": self.activation}
         c_out, c_in = (case.c_out, case.c_in) if isinstance(case, ConvCase) else (case.out_features, case.in_features)
         block = fit_block(self.block, (c_out, c_in))
-        layout = _layout((c_out, c_in), block, case.kept, device, layout_kind)
+        kept = _layout((c_out, c_in), block, case.kept, device, layout)
         taps = (case.kernel_size**2,) if isinstance(case, ConvCase) else ()
-        values = torch.randn(layout.n_blocks, *taps, *block, device=device).to(dtype) / c_in**0.5
-        more: dict[str, Any] = {"values": values, "layout": layout, **options}
+        values = torch.randn(kept.n_blocks, *taps, *block, device=device).to(dtype) / c_in**0.5
+        more: dict[str, Any] = {"values": values, "layout": kept, **options}
         gpu = torch.zeros(0, device=device).device
         if isinstance(case, LinearCase):
-            linear = BlockSparseLinear(c_in, c_out, block, layout.n_blocks, **more)
-            return Wanted(self.name, linear, LayerInput((case.tokens, c_in), dtype, gpu, False))
+            linear = BlockSparseLinear(c_in, c_out, block, kept.n_blocks, **more)
+            return Wanted(self.name, linear, LayerInput((case.tokens, c_in), dtype, gpu, False), budget)
         conv = BlockSparseConv2d(
-            c_in, c_out, (case.kernel_size,) * 2, block, layout.n_blocks, (case.stride,) * 2,
+            c_in, c_out, (case.kernel_size,) * 2, block, kept.n_blocks, (case.stride,) * 2,
             (case.padding,) * 2, max_pool=self.max_pool, **more,
         )  # fmt: skip
-        return Wanted(self.name, conv, LayerInput((case.batch, c_in, case.height, case.width), dtype, gpu, True))
+        return Wanted(
+            self.name, conv, LayerInput((case.batch, c_in, case.height, case.width), dtype, gpu, True), budget
+        )
 
 
 @lru_cache(maxsize=64)

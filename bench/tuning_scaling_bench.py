@@ -96,14 +96,14 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // most
     os.sched_setaffinity(0, cores[gpu.index * share : (gpu.index + 1) * share])
-    wanted = [case.wanted(str(gpu), torch.float16) for case in SUITES[suite]]
+    wanted = [case.wanted(str(gpu), torch.float16, budget=budget) for case in SUITES[suite]]
     outcomes: list[Outcome] = []
     torch.cuda.synchronize()
     team = Team.of_torchrun()
     team.announce(f"ready {team.rank}", "")
     team.wait_for(f"ready {rank}" for rank in range(team.world))
     started = time.monotonic()
-    search = Search(wanted, device_info(gpu), budget, team)
+    search = Search(wanted, device_info(gpu), team)
     search.compile()
     compiled_at = time.monotonic()
     search.measure(TuningStore(), outcomes.append)

@@ -28,7 +28,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setattr(tuning_bench, "device_info", lambda device: H200)
     monkeypatch.setattr(tuning_bench, "DTYPE", torch.float32)
     monkeypatch.setattr(tuning_bench, "WITHOUT_CONFIGURATIONS", ())
-    options = {"suite": ["small"], "quick": True, "budget": 3, "workers": 0, "layers": None}
+    options = {"suite": [("small", 3)], "quick": True, "workers": 0, "layers": None}
     return Namespace(device="cpu", out=tmp_path, stage="both", check=True, **options)
 
 
