@@ -50,7 +50,7 @@ class TuningCase:
         case, options = self.layer, {"activation": self.activation}
         c_out, c_in = (case.c_out, case.c_in) if isinstance(case, ConvCase) else (case.out_features, case.in_features)
         block = fit_block(self.block, (c_out, c_in))
-        kept = _layout((c_out, c_in), block, case.kept, device, layout)
+        kept = _layout((c_out, c_in), block, case.kept, device, layout_kind)
         taps = (case.kernel_size**2,) if isinstance(case, ConvCase) else ()
         values = torch.randn(kept.n_blocks, *taps, *block, device=device).to(dtype) / c_in**0.5
         more: dict[str, Any] = {"values": values, "layout": kept, **options}
