@@ -27,7 +27,7 @@ from tetris.bench.kernel_profile import profile_kernels
 from tetris.bench.rows import Row, write_csv
 from tetris.bench.trained import trained_networks
 from tetris.groups_picture import groups_picture
-from tetris.models import MLP, VGG16, TransformerBlock, resnet18, resnet50
+from tetris.models import MLP, VGG16, LanguageModel, TransformerBlock, resnet18, resnet50
 from tetris.specs import prunable_layers
 
 SHARED, SEPARATE, ORIGINAL = "shared", "separate", "original"
@@ -44,6 +44,14 @@ class Case:
     sparsity: Any
     block: Any = (64, 32)
     trained: bool = False
+    vocabulary: int = 0
+
+    def inputs(self, device: str, dtype: torch.dtype) -> torch.Tensor:
+        """Standard normal inputs, images channels_last; of a language model random tokens."""
+        if self.vocabulary:
+            return torch.randint(self.vocabulary, self.input_shape, device=device)
+        x = torch.randn(self.input_shape).to(device, dtype)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 CASES: dict[str, Case] = {
@@ -51,6 +59,9 @@ CASES: dict[str, Case] = {
     "VGG-like, trained": Case(nn.Identity, (16, 1, 8, 8), 0.73, (32, 32), trained=True),
     "MLP 1024-4096": Case(partial(MLP, 1024, 4096, 1024, 4096, 1024), (256, 1024), 0.75),
     "transformer block 768": Case(partial(TransformerBlock, 768, 12), (2, 128, 768), 0.75),
+    "language model 768, 2 blocks": Case(
+        partial(LanguageModel, 8192, 768, 12, 2, 128), (2, 128), {"blocks.*": 0.75}, vocabulary=8192
+    ),
     "ResNet-18": Case(resnet18, (32, 3, 224, 224), {"layer*": 0.73}),
     "ResNet-50, 3x3": Case(resnet50, (32, 3, 224, 224), {"layer*.*.conv2": 0.75}),
     "ResNet-50": Case(resnet50, (32, 3, 224, 224), {"layer*": 0.75}),
@@ -93,8 +104,7 @@ def measure(name: str, case: Case, trained: nn.Module | None, args: argparse.Nam
     dtype = torch.float16 if args.device == "cuda" else torch.float32
     model = heavy_tailed(case.make()) if trained is None else trained
     model = model.to(args.device, dtype).eval()
-    x = torch.randn(case.input_shape).to(args.device, dtype)
-    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    x = case.inputs(args.device, dtype)
     rows, kept = [], {}
     for kind in (ORIGINAL, SHARED, SEPARATE):
         options = {"method": "none"} if kind == ORIGINAL else {"method": args.method, "permutations": kind}

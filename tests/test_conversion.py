@@ -11,7 +11,7 @@ from torch import nn
 
 import tetris
 from tetris.errors import FileFormatError, TetrisError, UnsupportedError
-from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18, resnet50
+from tetris.models import MLP, VGG16, LanguageModel, LeNet, TransformerBlock, resnet18, resnet50
 from tetris.plans import LayerPlan, ModelPlan
 from tetris.tolerances import relative_error, tolerance
 
@@ -99,6 +99,20 @@ def test_epilogues_swallow_norms_residuals_activations_and_pools():
     unfused = tetris.convert(pruned, example_inputs=x, fuse=False)
     assert not any(layer.fused or layer.batch_norm for layer in unfused.conversion.layers.values())
     assert relative_error(unfused(x), pruned(x)) < tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("permutations", ["shared", "separate"])
+def test_embeddings_follow_the_stream_though_the_head_shares_their_weight(permutations, tmp_path):
+    torch.manual_seed(0)
+    model, x = LanguageModel().eval(), torch.randint(256, (2, 7))
+    options = {"method": "sort", "permutations": permutations, "example_inputs": x}
+    pruned = tetris.prune(model, {"blocks.*": 0.6}, block=8, **options)
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert tetris.verify(pruned, fast, x).passed and model.head.weight is model.tokens.weight
+    order = fast.conversion.layers["blocks.0.q_proj"].input_order
+    assert torch.equal(fast.tokens.weight, model.tokens.weight[:, order])
+    loaded = tetris.load(tetris.save(fast, tmp_path / "model.safetensors"))
+    torch.testing.assert_close(loaded(x), fast(x))
 
 
 @pytest.mark.parametrize("permutations", ["shared", "separate"])

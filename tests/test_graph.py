@@ -10,7 +10,7 @@ import tetris
 from tetris.channels import Channels, Member
 from tetris.errors import UnsupportedError
 from tetris.graph import channel_groups, trace
-from tetris.models import MLP, VGG16, LeNet, TransformerBlock, resnet18
+from tetris.models import MLP, VGG16, LanguageModel, LeNet, TransformerBlock, resnet18
 from tetris.orders import input_gather, output_scatter, unit_order
 from tetris.permutation import expand
 from tetris.stem import StemConv2d
@@ -49,6 +49,13 @@ def test_a_transformer_frees_only_the_hidden_features_of_its_mlp():
     graph = channel_groups(TransformerBlock(32), torch.randn(2, 5, 32))
     free = [g for g in graph.groups if g.fixed is None]
     assert [[m.module for m in g.members] for g in free] == [["up_proj", "down_proj"]]
+
+
+def test_a_language_model_frees_its_residual_stream():
+    graph = channel_groups(LanguageModel(), torch.randint(256, (2, 5)))
+    stream = {m.module for m in group_of(graph, "blocks.0.q_proj", "input").members}
+    assert {"tokens", "positions", "blocks.0.out_proj", "blocks.1.ln_2", "blocks.1.down_proj", "norm", "head"} <= stream
+    assert group_of(graph, "head", "input").fixed is None and graph.per_channel["tokens"] == graph.inputs["head"]
 
 
 class Oddities(nn.Module):

@@ -29,8 +29,8 @@ FUNCTIONS: dict[str, Any] = {
     **_named(
         "torch",
         torch,
-        "abs add arange bmm cat chunk clamp concat conv2d div exp flatten matmul max_pool2d maximum mean minimum mul permute "
-        "relu reshape sigmoid softmax split sqrt square squeeze stack sub sum tanh transpose unsqueeze",
+        "abs add arange bmm cat chunk clamp concat conv2d div exp flatten matmul max_pool2d maximum mean minimum mul "
+        "permute relu reshape sigmoid softmax split sqrt square squeeze stack sub sum tanh transpose unsqueeze",
     ),
     **_named(
         "functional",

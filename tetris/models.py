@@ -1,7 +1,8 @@
 """The networks of the paper and of the benchmarks, with torchvision's parameter names so that its state dicts load.
 
 Built here because a pruning toolkit should not need torchvision: LeNet (the paper's), VGG16 and VGG16-BN, ResNet-18 and
-ResNet-50, a plain MLP, a pre-norm transformer block, and a small network that concatenates as DenseNet and Inception do.
+ResNet-50, a plain MLP, a pre-norm transformer block and a language model of such blocks, and a small network that
+concatenates as DenseNet and Inception do.
 """
 
 from __future__ import annotations
@@ -213,7 +214,9 @@ class TransformerBlock(nn.Module):
 class LanguageModel(nn.Module):
     """Token and position embeddings, transformer blocks, norm, and a head that shares the token embedding's weight."""
 
-    def __init__(self, vocabulary: int = 256, width: int = 64, heads: int = 4, blocks: int = 2, length: int = 64) -> None:
+    def __init__(
+        self, vocabulary: int = 256, width: int = 64, heads: int = 4, blocks: int = 2, length: int = 64
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(blocks))
