@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tetris.autotune.compile_job import ANSWER, Job
-from tetris.autotune.team import Team, processes_here
+from tetris.autotune.team import TICK_SECONDS, Team, processes_here
 
 MOST_WORKERS = 15
 """Each holds a GPU context and the operands of one layer."""
@@ -32,6 +32,9 @@ class Compiled(NamedTuple):
 
     reason: str
     seconds: float
+
+
+LATE = Compiled("not compiled in time", 0.0)
 
 
 class Worker:
@@ -107,14 +110,20 @@ class CompilePool:
                 self.team.announce(f"job {index}", json.dumps(done))
         worker.close()
 
-    def results(self, on_progress: Callable[[int], None] = lambda done: None) -> list[Compiled]:
-        """The outcomes of all jobs, in their order; waits for them, telling how many are done now and then."""
+    def results(
+        self, on_progress: Callable[[int], None] = lambda done: None, seconds: float = math.inf
+    ) -> list[Compiled]:
+        """The outcomes of all jobs, in their order; waits for them, telling how many are done now and then.
+
+        After ``seconds`` what is missing counts as :data:`LATE`.
+        """
         names = [f"job {index}" for index in range(len(self.jobs))]
-
-        def report() -> None:
+        end = time.monotonic() + seconds
+        while not self.team.board.check(names) and time.monotonic() < end:
             on_progress(sum(self.team.heard(name) is not None for name in names))
-
-        return [Compiled(*json.loads(text)) for text in self.team.wait_for(names, report)]
+            time.sleep(TICK_SECONDS)
+        texts = [self.team.heard(name) for name in names]
+        return [LATE if text is None else Compiled(*json.loads(text)) for text in texts]
 
     def wait(self, seconds: float | None = None) -> list[str]:
         """Wait for all jobs, at most ``seconds``, and close; what failed, in words."""

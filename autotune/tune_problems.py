@@ -28,6 +28,8 @@ from tetris.autotune.timer import Timing
 from tetris.kernels.configs import DeviceInfo
 from tetris.tuned_choices import Entry, problem_key
 
+TOGETHER = 4
+"""Jobs of one problem in a row: a worker makes the layer once for all of them."""
 FINALISTS = 4
 """So many of a race are timed again, beside the default."""
 
@@ -105,21 +107,26 @@ class Search:
         }
         self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
 
-    def compile(self, workers: int | None = None) -> list[Compiled]:
-        """Compile and try all configurations in ``workers`` processes; None = a sensible number.
+    def compile(self, workers: int | None = None, seconds: float = math.inf) -> list[Compiled]:
+        """Compile and try all configurations; what is left out here compiles when it is measured.
 
-        What is left out here compiles when it is measured.
+        Args:
+            workers: processes; None = a sensible number, 0 = none: nothing is compiled.
+            seconds: what is not compiled by then counts as failed; the most promising of every problem come first.
         """
-        jobs = [job for item in self.wanted for job in item.jobs(self.tried[item.key])]
-        if not jobs or workers == 0:
+        if not self.wanted or workers == 0:
             return []
-        pool = CompilePool(jobs, str(self.wanted[0].x.device), self.team, workers)
+        jobs = {item.key: item.jobs(self.tried[item.key]) for item in self.wanted}
+        most = max(map(len, jobs.values()))
+        order = [(item.key, first) for first in range(0, most, TOGETHER) for item in self.wanted]
+        queue = [job for key, first in order for job in jobs[key][first : first + TOGETHER]]
+        pool = CompilePool(queue, str(self.wanted[0].x.device), self.team, workers)
         try:
-            results = pool.results(lambda done: self._report("compile", done, len(jobs)))
+            results = pool.results(lambda done: self._report("compile", done, len(queue)), seconds)
         finally:
             pool.close()
-        left = iter(results)
-        self.compiled = {item.key: [next(left) for _ in self.tried[item.key]] for item in self.wanted}
+        by_job = dict(zip(queue, results))
+        self.compiled = {key: [by_job[job] for job in mine] for key, mine in jobs.items()}
         return results
 
     def outcome(self, item: Wanted) -> Outcome:

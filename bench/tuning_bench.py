@@ -8,6 +8,7 @@ the shipped table of them. Choices are searched in layouts from reordering, whos
 from __future__ import annotations
 
 import argparse
+import math
 import time
 
 import torch
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", choices=("both", "compile", "measure"), default="both", help="measure: after a run that compiled"
     )
     parser.add_argument("--workers", type=int, help="processes that compile; default: the processors but one")
+    parser.add_argument(
+        "--compile-seconds", type=float, default=math.inf, help="leave out what is not compiled by then"
+    )
     parser.add_argument("--check", action="store_true", help="time the leaders in a random layout, too")
     parser.add_argument("--layers", help="only layers whose name contains this")
 
@@ -86,7 +90,7 @@ def compile_suites(cases: list[tuple[TuningCase, int | None]], args: argparse.Na
     """Leave all kernels in the compiler's cache, and a list of those that failed."""
     started = time.monotonic()
     search = search_of(cases, args)
-    results = search.compile(args.workers)
+    results = search.compile(args.workers, args.compile_seconds)
     by_name = {case.name: case for case, _ in cases}
     for item in search.wanted:
         book.add([], failure_rows(by_name[item.name], search.outcome(item)))
@@ -121,7 +125,7 @@ def tune_suite(
     started = time.monotonic()
     search = search_of([(case, budget) for case in cases], args)
     if args.stage == "both":
-        search.compile(args.workers)
+        search.compile(args.workers, args.compile_seconds)
     for item in search.wanted:
         tried = search.tried[item.key]
         if any((item.name, config.to_key()) in known for config in tried):

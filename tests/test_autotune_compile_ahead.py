@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from tetris.autotune.compile_ahead import CompilePool, Worker, start_workers
+from tetris.autotune.compile_ahead import LATE, CompilePool, Worker, start_workers
 from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
 from tetris.autotune.team import Team
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
@@ -80,6 +80,12 @@ def test_a_worker_that_cannot_start_says_why() -> None:
 def test_jobs_that_take_too_long_are_left() -> None:
     (failure,) = start_workers([Job(CONV)], "cpu", workers=1).wait(0.01)
     assert "not compiled within 0.01 s" in failure
+
+
+def test_jobs_that_are_late_are_told_apart() -> None:
+    pool = CompilePool([Job(CONV), Job(LINEAR)], "cpu", workers=1)
+    assert pool.results(seconds=0.01) == [LATE, LATE]
+    pool.close()
 
 
 def test_two_pools_of_a_team_share_the_jobs() -> None:

@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 import tetris
-from tetris.autotune import race, tuner
+from tetris.autotune import race, tune_problems, tuner
 from tetris.autotune.candidates import candidates, spread
+from tetris.autotune.compile_ahead import Compiled
+from tetris.autotune.compile_job import Job
 from tetris.autotune.cost import estimate_us, rank
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import boxes, config_space, default_config, is_valid
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import Timing
+from tetris.autotune.tune_problems import Search, Wanted
 from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearConfig, LinearProblem
@@ -169,6 +172,33 @@ def test_spread_takes_different_tiles_first() -> None:
     a, b = Conv2dConfig(num_stages=3), Conv2dConfig(num_stages=5)
     c = Conv2dConfig(tile_w=32)
     assert spread([a, b, c], 2) == [a, c] and spread([a, b, c], 3) == [a, c, b]
+
+
+def test_the_most_promising_of_all_problems_compile_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, x = converted()
+    layer = sparse_layers(fast)["0"]
+    wanted = [
+        Wanted(str(n), layer, LayerInput((n, 64), torch.float16, x.device, False), budget)
+        for n, budget in ((300, 9), (500, 3))
+    ]
+    queues: list[list[Job]] = []
+
+    class Pool:
+        def __init__(self, jobs, device, team, workers) -> None:
+            queues.append(jobs)
+
+        def results(self, on_progress, seconds) -> list[Compiled]:
+            return [Compiled(str(index), 0.0) for index in range(len(queues[0]))]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(tune_problems, "CompilePool", Pool)
+    search = Search(wanted, H200)
+    search.compile()
+    assert [job.problem.tokens for job in queues[0]] == [300] * 4 + [500] * 3 + [300] * 5
+    long, short = (search.compiled[item.key] for item in search.wanted)
+    assert [done.reason for done in long] == ["0", "1", "2", "3", "7", "8", "9", "10", "11"]
+    assert [done.reason for done in short] == ["4", "5", "6"]
 
 
 def test_races_drop_losers_early_and_find_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ class InstantPool:
     def __init__(self, jobs: list[Job], device: str, team: Team, workers: int | None) -> None:
         self.jobs, self.closed, InstantPool.made = jobs, False, self
 
-    def results(self, on_progress) -> list[Compiled]:
+    def results(self, on_progress, seconds: float) -> list[Compiled]:
         on_progress(4)
         return [Compiled("too large" if index == 1 else "", 2.0) for index in range(len(self.jobs))]
 

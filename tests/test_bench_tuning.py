@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setattr(tuning_bench, "DTYPE", torch.float32)
     monkeypatch.setattr(tuning_bench, "WITHOUT_CONFIGURATIONS", ())
     options = {"suite": [("small", 3)], "quick": True, "workers": 0, "layers": None}
-    return Namespace(device="cpu", out=tmp_path, stage="both", check=True, **options)
+    return Namespace(device="cpu", out=tmp_path, stage="both", check=True, compile_seconds=math.inf, **options)
 
 
 def test_every_layer_and_suite_gets_its_rows_and_the_choices_are_stored(args: Namespace, tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monke
         def __init__(self, jobs, device, team, workers) -> None:
             self.count = len(jobs)
 
-        def results(self, on_progress) -> list[Compiled]:
+        def results(self, on_progress, seconds) -> list[Compiled]:
             return [Compiled("too large" if index == 0 else "", 1.5) for index in range(self.count)]
 
         def close(self) -> None: ...
