@@ -163,7 +163,8 @@ def cancel_cycles(
         tolerance: float64, one number on the device; gains up to it are rounding.
         processors: programs that may run at the same time; 1 in the interpreter.
     Returns:
-        int64 [3] on the device (moves, passes, 1 = it ended) and the prices, float64 [R], that prove optimality.
+        int64 [3] on the device (moves, passes, 1 = it ended) and prices, float64 [2, R], of which row passes % 2 proves
+        optimality. Nothing waits for them.
     Cost:
         R^2 reads and a barrier a pass; edge * R scattered reads a move.
     """
@@ -210,4 +211,4 @@ def cancel_cycles(
         launch_cooperative_grid=programs > 1,
     )
     order.copy_(orders[0])
-    return result, prices[result[1] % 2]
+    return result, prices

@@ -149,7 +149,8 @@ def swap_search_kernel(
     everyone = tl.arange(0, TILE_PROGRAMS)
     columns = tl.arange(0, TILE_R)
     bound = tl.load(bound_ptr + own, mask=mask_own, other=-1e30)  # best gain of every own row, or an upper bound
-    key = tl.full((GROUPS,), -1, tl.int64)  # UNKNOWN where bound is only an upper bound
+    # UNKNOWN where bound is only an upper bound; a program past the last group never searches there
+    key = tl.where(mask_own, tl.full((GROUPS,), -1, tl.int64), 4611686018427387904)
     partner = tl.full((GROUPS,), -1, tl.int32)
     rounds = 0
     swaps = 0

@@ -10,8 +10,10 @@ import torch
 from tests.support.fake_gpu import on_gpu
 from tetris.errors import UnsupportedError
 from tetris.search import annealing, batched, greedy, sums, transport
+from tetris.search.alternation import _alternate_by_replay, alternate
 from tetris.search.annealing import NOISE, anneal, soft_mask
 from tetris.search.partition import Partition
+from tetris.search.replay import Replayed
 from tetris.search.system import BlockProblem, System
 
 pytestmark = [
@@ -23,7 +25,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs one program after the other: a grid barrier needs all in one."""
-    for module in (sums, greedy, batched, transport):
+    for module in (sums, greedy, batched, transport, annealing):
         monkeypatch.setattr(module, "processors", lambda device: 1)
     monkeypatch.setattr("tetris.kernels.pair_split.RESIDENT_WARPS", 1)
 
@@ -126,7 +128,7 @@ class Replays:
 
 def test_replayed_steps_cool_down_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replayed annealing on CPU tensors, the graph replaced by its own step."""
-    monkeypatch.setattr(annealing, "_capture", lambda step, generator: Replays(step))
+    monkeypatch.setattr(Replayed, "_capture", lambda self: Replays(self._step))
     matrix = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).abs()
     system = System([BlockProblem(matrix, (8, 8), 6)])
     keys, seen = list(system.partitions), []
@@ -139,6 +141,18 @@ def test_replayed_steps_cool_down_and_count(monkeypatch: pytest.MonkeyPatch) -> 
     for key in keys:
         order = system.partitions[key].order
         assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+def test_a_replayed_alternation_is_the_alternation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replayed, "_capture", lambda self: Replays(self._step))
+    matrix = torch.randint(0, 50, (40, 48), generator=torch.Generator().manual_seed(0)).double()
+    here, there = (System([BlockProblem(matrix, (8, 8), 9)]) for _ in range(2))
+    seen: list[list[float]] = [[], []]
+    swaps = alternate(here, [0, 1], greedy.greedy, progress=lambda step, kept: seen[0].append(kept))
+    replayed = _alternate_by_replay(there, [0, 1], greedy.greedy, lambda step, kept: seen[1].append(kept))
+    assert replayed == swaps > 0 and seen[0] == seen[1] and len(seen[0]) > 3
+    for key in (0, 1):
+        assert torch.equal(here.partitions[key].order, there.partitions[key].order)
 
 
 def test_annealing_without_partitions_makes_no_step() -> None:

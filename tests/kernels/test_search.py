@@ -117,7 +117,8 @@ def test_hard_mask_keeps_the_largest_and_of_ties_the_first(n, n_keep, high, dtyp
 
 
 @pytest.mark.parametrize(
-    ("shape", "n_keep", "temperature"), [((7, 9), 20, 0.5), ((3, 4), 12, 0.04), ((20, 30), 100, 0.1)]
+    ("shape", "n_keep", "temperature"),
+    [((7, 9), 20, 0.5), ((3, 4), 12, 0.04), ((20, 30), 100, 0.1), ((110, 100), 3000, 0.1)],
 )
 def test_soft_mask_keeps_as_much_as_asked(shape, n_keep, temperature, device):
     from tetris.kernels import soft_mask as kernels
@@ -127,9 +128,10 @@ def test_soft_mask_keeps_as_much_as_asked(shape, n_keep, temperature, device):
     sums = torch.rand(shape, generator=generator) * 5
     noise = torch.randn(shape, generator=generator)
     t = torch.tensor([temperature], device=device)
-    still = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, t, 0.0)
+    cores = 132 if HAS_GPU else 1
+    still = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, t, 0.0, processors=cores)
     assert float(still.sum()) == pytest.approx(n_keep, rel=1e-3)
-    noisy = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, t, NOISE)
+    noisy = kernels.soft_mask(sums.to(device), noise.to(device), n_keep, t, NOISE, processors=cores)
     assert torch.allclose(noisy.cpu(), soft_mask(sums, n_keep, temperature, noise), rtol=1e-3, atol=1e-4)
 
 
@@ -148,4 +150,4 @@ def test_cancelled_cycles_leave_an_optimum(n, edge, high, device):
     found = Partition(order.cpu(), partition.offsets)
     assert torch.equal(found.order.sort().values, torch.arange(n)) and int(result[2]) == 1
     assert float(values.gather(1, found.labels()[:, None]).sum()) == pytest.approx(best, abs=1e-6)
-    assert optimality_gap(values, found.labels(), prices.cpu()) == pytest.approx(0, abs=1e-6)
+    assert optimality_gap(values, found.labels(), prices[result[1] % 2].cpu()) == pytest.approx(0, abs=1e-6)

@@ -30,7 +30,8 @@ def launch_all() -> None:
         offsets, players = torch.arange(0, n + 32, 32), torch.arange(groups)
         play_tournament(values, order, offsets, players, 0, 9, epsilon, capacity=32, processors=132)
     hard_mask(torch.zeros(128, 784), 4000)
-    soft_mask(torch.zeros(128, 784), torch.zeros(128, 784), 4000, torch.zeros(1), 2.0)
+    for shape in ((128, 784), (16, 16)):
+        soft_mask(torch.zeros(shape), torch.zeros(shape), 40, torch.zeros(1), 1.4, processors=132)
 
 
 if __name__ == "__main__":

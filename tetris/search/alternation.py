@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tetris.search.partition import Partition
+from tetris.search.replay import Replayed
 from tetris.search.system import Key, System
 
 MStep = Callable[[torch.Tensor, Partition], "int | torch.Tensor"]
@@ -41,6 +42,7 @@ def alternate(
     m_step: MStep,
     budget: Budget | None = None,
     progress: Progress | None = None,
+    waits: bool = False,
 ) -> int:
     """Alternate E- and M-steps until the kept importance stops rising. On a GPU only an E-step is waited for.
 
@@ -48,10 +50,13 @@ def alternate(
         system: its partitions change in place.
         keys: the reorderable dimensions (Omega), in the order of their M-steps.
         m_step: improves one partition for given values.
+        waits: whether the M-step itself waits for a GPU.
     Returns:
         the number of swaps of all M-steps.
     """
     budget = budget or Budget()
+    if not waits and budget.seconds is None and _is_plain(system, keys):
+        return _alternate_by_replay(system, keys, m_step, progress)
     swaps: int | torch.Tensor = 0
     step, best = 0, -1.0
     while True:
@@ -65,6 +70,37 @@ def alternate(
             swaps = swaps + improve(system, key, masks, m_step)
             if budget.spent:
                 return int(swaps)
+
+
+def _is_plain(system: System, keys: Sequence[Key]) -> bool:
+    """Whether all is on a GPU and each partition has blocks of one size and serves every matrix once."""
+    uniform = all(system.partitions[key].edge is not None and not system.shares_itself(key) for key in keys)
+    return system.problems[0].matrix.is_cuda and bool(keys) and uniform
+
+
+def _alternate_by_replay(system: System, keys: Sequence[Key], m_step: MStep, progress: Progress | None) -> int:
+    """The same on a GPU, every iteration a replay of the second one."""
+    device = system.problems[0].matrix.device
+    swaps = torch.zeros((), dtype=torch.int64, device=device)
+    kept = torch.zeros((), dtype=torch.float64, device=device)
+
+    def iteration() -> None:
+        system.forget()  # a replay must not read what an earlier one left
+        masks, now = system.heaviest_blocks()
+        kept.copy_(now)
+        for key in keys:
+            swaps.add_(improve(system, key, masks, m_step))
+
+    replayed, step, best = Replayed(iteration), 0, -1.0
+    while True:
+        replayed()
+        now = float(kept)  # before this iteration's M-steps, which change nothing where it has not risen
+        if progress is not None:
+            progress(step, system.retained(now))
+        if now <= best:
+            system.forget()
+            return int(swaps)
+        best, step = now, step + 1
 
 
 def improve(system: System, key: Key, masks: list[torch.Tensor], m_step: MStep) -> int | torch.Tensor:

@@ -12,17 +12,18 @@ the beginning is forgotten anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from tetris.search.alternation import Budget, Progress
 from tetris.search.batched import sweep, turns_of_sweep
-from tetris.search.sums import require_triton
+from tetris.search.replay import Replayed
+from tetris.search.sums import processors, require_triton
 from tetris.search.system import Key, System
 
-HOTTEST, COLDEST, NOISE = 0.5, 0.04, 2.0
+HOTTEST, COLDEST, NOISE = 0.5, 0.1, 1.4
 _SHARE_OF_BUDGET = 0.8
 WARM = 0.2
 """Where a search starts that was given permutations: hot enough to escape, too cold to forget."""
@@ -39,7 +40,8 @@ def soft_mask(
         require_triton("reorder")
         from tetris.kernels import soft_mask as kernels
 
-        return kernels.soft_mask(block_sums, noise, n_keep, torch.as_tensor(temperature), NOISE)
+        cores = processors(block_sums.device)
+        return kernels.soft_mask(block_sums, noise, n_keep, torch.as_tensor(temperature), NOISE, processors=cores)
     spread = max(float(temperature) * float(block_sums.std(correction=0)), 1e-30)
     low, high = (float(extreme) for extreme in torch.aminmax(block_sums))
     low, high = low - 20 * spread, high + 20 * spread
@@ -112,12 +114,13 @@ def annealing(
     beside = torch.cuda.Stream(system.problems[0].matrix.device)
     beside.wait_stream(torch.cuda.current_stream(beside.device))
     with torch.cuda.stream(beside):
-        graph = _anneal_by_replay(system, keys, steps, seed, hottest, _draws(system, keys, seed, shuffle), progress)
+        draws = _draws(system, keys, seed, shuffle)
+        steps_in_use = _anneal_by_replay(system, keys, steps, seed, hottest, draws, progress)
     try:
         yield
     finally:
         beside.synchronize()
-        del graph  # its memory was in use until now
+        del steps_in_use  # their memory was, until now
 
 
 def _replays(system: System, budget: Budget | None) -> bool:
@@ -168,22 +171,18 @@ def _anneal_by_replay(
     hottest: float,
     draws: torch.Generator,
     progress: Progress | None,
-) -> torch.cuda.CUDAGraph:
-    """Queue all steps on the current stream: one is captured as a CUDA graph and replayed, without launches' times.
-
-    What differs from step to step lies in tables on the GPU: temperatures and the order of play.
+) -> Replayed:
+    """Queue all steps on the current stream. What differs between them lies on the GPU: temperatures, orders of play.
 
     Returns:
-        the graph, to be kept until the stream is through.
+        the step, to be kept until the stream is through.
     """
     device = system.problems[0].matrix.device
     cooling = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
     temperatures = (hottest * (COLDEST / hottest) ** cooling).float().to(device)
     tables = {
-        key: torch.stack([torch.randperm(system.partitions[key].n_groups, generator=draws) for _ in range(steps)])
-        for key in keys
+        key: torch.rand(steps, system.partitions[key].n_groups, generator=draws).argsort(1).to(device) for key in keys
     }
-    tables = {key: table.to(device) for key, table in tables.items()}
     generator, at = torch.Generator(device).manual_seed(seed), torch.zeros(1, dtype=torch.int64, device=device)
 
     def step() -> None:
@@ -192,28 +191,11 @@ def _anneal_by_replay(
         _step(system, keys, temperatures.index_select(0, at), players, generator)
         at.add_(1)
 
-    step()  # compiles the kernels
-    graph = _capture(step, generator)
-    for done in range(1, steps):
-        graph.replay()
-        if progress is not None and done % max(1, steps // 20) == 0:
+    replayed = Replayed(step, generator)
+    for done in range(steps):
+        replayed()
+        if progress is not None and done and done % max(1, steps // 20) == 0:
             system.forget()
             progress(done, system.retained(system.expectation()[1]))
     system.forget()
-    return graph
-
-
-def _capture(step: Callable[[], None], generator: torch.Generator) -> torch.cuda.CUDAGraph:
-    """``step`` as a CUDA graph, whatever other threads do meanwhile.
-
-    Like ``torch.cuda.graph`` without its garbage collection, which takes 0.1 s.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    graph.register_generator_state(generator)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        step()
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
+    return replayed

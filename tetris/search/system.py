@@ -176,8 +176,13 @@ class System:
 
     def expectation(self) -> tuple[list[torch.Tensor], float]:
         """E-step (eq. 6): the heaviest blocks of every problem, ties to the lowest index, and what they keep in all."""
+        masks, kept = self.heaviest_blocks()
+        return masks, float(kept)
+
+    def heaviest_blocks(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The E-step without waiting for a GPU: what they keep is a float64 [] there."""
         found = [hard_mask(self.block_sums(index), problem.n_keep) for index, problem in enumerate(self.problems)]
-        return [mask for mask, _ in found], float(sum(kept for _, kept in found))
+        return [mask for mask, _ in found], torch.stack([kept for _, kept in found]).sum()
 
     def retained(self, kept: float) -> float:
         """Kept importance as a fraction of the total; 1.0 when everything is zero."""
