@@ -94,7 +94,7 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
             config = default_linear_config(linear_problem(case, operands), device)
             block_sparse_linear(**operands, config=config)
         report[f"linear {name}"] = results
-    for name, (case, dtype) in SPLITS.items() if device.has_descriptors else ():
+    for name, (case, dtype) in SPLITS.items() if device.capability == (9, 0) else ():
         operands = linear_operands(case, getattr(torch, dtype), cpu)
         problem = linear_problem(case, operands)
         config = split_config(problem, device)
@@ -106,9 +106,12 @@ def compile_all(arch: int | str) -> dict[str, list[Compiled]]:
         if refuses_weights(case.weight_dtype, device):
             continue
         operands = linear_operands(case, torch.float16, cpu)
+        problem = linear_problem(case, operands)
+        config = choose_linear_config(problem, device)
+        schedule = linear_schedule(problem, config, operands["indptr"], operands["indices"], device.sm_count)
+        extra = {} if schedule is None else {"schedule": schedule.tensors}
         with compiling(arch) as results:
-            config = choose_linear_config(linear_problem(case, operands), device)
-            linear_launcher(config.kernel)(**operands, config=config)
+            linear_launcher(config.kernel)(**operands, config=config, **extra)
         report[f"linear {name}"] = results
     with compiling(arch) as results:
         for channels in (100, 20000):
