@@ -97,8 +97,6 @@ def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
         ] + [split_config(problem, info)]
         return [config for config in found if linear_refuses(problem, info, config) is None]
     found = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in (256, 128)]
-    if problem.tokens > SHORT_TOKENS and min(problem.block) < 64:
-        found += [LinearConfig(kernel="narrow", tile_out=outputs) for outputs in (256, 384)]
     if problem.tokens <= SHORT_TOKENS:
         found += [replace(split_config(problem, info), tile_tokens=tile) for tile in (128, 64)]
     portable = default_linear_config(problem, info)

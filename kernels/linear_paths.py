@@ -21,9 +21,16 @@ from tetris.kernels.configs import (
     padded_block,
 )
 from tetris.kernels.hopper.linear import supports as hopper_supports
-from tetris.kernels.hopper.linear_schedule import LinearSchedule, make_linear_schedule
+from tetris.kernels.hopper.linear_schedule import (
+    BYTES_PER_CLOCK,
+    CLOCKS_PER_PRODUCT,
+    STAGE_K,
+    STRIP,
+    LinearSchedule,
+    make_linear_schedule,
+)
 from tetris.kernels.hopper.narrow_linear import supports as narrow_supports
-from tetris.kernels.hopper.narrow_linear_schedule import NarrowSchedule, make_narrow_schedule
+from tetris.kernels.hopper.narrow_linear_schedule import TILE_TOKENS, NarrowSchedule, make_narrow_schedule
 from tetris.kernels.split_schedule import SplitSchedule, make_split_schedule
 from tetris.kernels.split_schedule import supports as split_supports
 from tetris.layout import ceil_div
@@ -40,6 +47,11 @@ HARDLY_SHARED = 0.85
 """Input tiles fetched per product from which the Hopper kernel's pairs of strips no longer pay: the portable kernel
 reads as much and takes shorter tasks (H200, random layouts, 64 x 64: 10 % kept, ratio .88: 216 against 240 us; 4 %,
 .91: 93 against 105; but 27 %, .76: 166 against 145, and reordered 10 %, .53: 217 against 164)."""
+
+
+NARROW = LinearConfig(kernel="narrow")
+NARROW_WITHIN = 0.0
+"""The narrow-block kernel's estimate, as a share of the Hopper kernel's, up to which it is taken."""
 
 
 def refuses_weights(weight_dtype: str, device: DeviceInfo) -> str | None:
@@ -129,7 +141,7 @@ def choose_linear_config(
         longest_row: blocks of the longest block row; 0 = unknown, taken to be the mean.
     """
     split = split_config(problem, device)
-    splits = not permuted and split_supports(problem, device, split) is None
+    splits = not permuted and device.capability == (9, 0) and split_supports(problem, device, split) is None
     if problem.tokens <= DECODE_TOKENS:
         return split if splits and cutting_pays(problem, longest_row) else decode_config(problem, device)
     if splits and ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128) <= device.sm_count:
@@ -145,6 +157,31 @@ def choose_linear_config(
 def hardly_shares(schedule: LinearSchedule) -> bool:
     """Whether the strips of a layout have so few input tiles in common that the portable kernel is faster."""
     return schedule.fetched_stages > HARDLY_SHARED * schedule.products
+
+
+def wide_clocks(schedule: LinearSchedule) -> float:
+    """Estimate for the tasks of one token tile of the Hopper kernel together; its schedule says what bounds it."""
+    tokens = schedule.tile_tokens
+    size = 2 * STAGE_K * (schedule.fetched_stages * tokens + schedule.products * STRIP)
+    return max(size / BYTES_PER_CLOCK, CLOCKS_PER_PRODUCT * tokens * schedule.products)
+
+
+def narrow_schedule(
+    problem: LinearProblem, device: DeviceInfo, wide: LinearSchedule, indptr: torch.Tensor, indices: torch.Tensor
+) -> NarrowSchedule | None:
+    """The narrow-block kernel's schedule where it beats the Hopper kernel's on this layout, else None.
+
+    It does where the latter's pairs of strips pad (32 outputs) or fetch more input tiles than they keep weight tiles:
+    small blocks, scattered.
+    """
+    kept = problem.n_blocks * problem.block[0] * problem.block[1] / (STRIP * STAGE_K)
+    if wide.fetched_stages <= kept or narrow_supports(problem, device, NARROW) is not None:
+        return None
+    narrow = make_narrow_schedule(
+        indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=device.sm_count
+    )
+    faster = narrow.clocks / TILE_TOKENS < NARROW_WITHIN * wide_clocks(wide) / wide.tile_tokens
+    return narrow if faster else None
 
 
 def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:

@@ -23,11 +23,13 @@ from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear_schedule import LinearSchedule
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
 from tetris.kernels.linear_paths import (
+    NARROW,
     choose_linear_config,
     cutting_pays,
     hardly_shares,
     linear_refuses,
     linear_schedule,
+    narrow_schedule,
 )
 from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
@@ -100,6 +102,9 @@ def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, ke
     schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
     if schedule is None:
         return Launch(config.to_key())
-    if not key and isinstance(schedule, LinearSchedule) and hardly_shares(schedule):
-        return Launch(default_linear_config(problem, device).to_key())
+    if not key and isinstance(schedule, LinearSchedule):
+        if narrow := narrow_schedule(problem, device, schedule, indptr, indices):
+            return Launch(NARROW.to_key(), narrow.tensors)
+        if hardly_shares(schedule):
+            return Launch(default_linear_config(problem, device).to_key())
     return Launch(config.to_key(), schedule.tensors)

@@ -10,6 +10,7 @@ from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
 from tetris.kernels.hopper.linear import ITEM_SIZE
 from tetris.kernels.hopper.linear import supports as linear_supports
+from tetris.kernels.hopper.linear_schedule import STRIP
 from tetris.kernels.hopper.narrow_linear_schedule import (
     LINE,
     STAGE_K,
@@ -32,6 +33,8 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
         return reason
     if block_in > STAGE_K or block_out * block_in < LEAST_WEIGHTS:
         return f"takes blocks of 16, 32 or 64 inputs and {LEAST_WEIGHTS} weights or more; got {block_out} x {block_in}"
+    if block_in == STAGE_K and block_out > STRIP // 2:
+        return f"takes blocks of fewer than {STRIP} outputs or inputs; got {block_out} x {block_in}"
     if config.tile_tokens != TILE_TOKENS:
         return f"takes tile_tokens {TILE_TOKENS}; got {config.tile_tokens}"
     return None

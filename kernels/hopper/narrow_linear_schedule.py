@@ -21,10 +21,10 @@ STAGE_K = 64
 LINE = 64
 """Weights that are fetched side by side: 128 bytes."""
 
-STAGE_CLOCKS = 250
+STAGE_CLOCKS = 450
 """A stage's barriers, loads and branches."""
-PRODUCT_CLOCKS = 3e-4
-"""One multiplication on the matrix unit is 1/4096 of a clock; a little more with the branch."""
+PRODUCT_CLOCKS = 4e-4
+"""A multiplication; on the matrix unit alone it would be 1/4096 of a clock."""
 FIXED_CLOCKS = 2000
 """A task's prologue and epilogue."""
 
@@ -49,11 +49,13 @@ class NarrowSchedule:
             mask (bit = slot = ``input tile of the stage * strips of a group + strip``); for each of them
             ``slots * first row in values.view(-1, 64) + slot``. The last is empty.
         tasks: token tile * n_groups + group, dealt to the programs.
+        clocks: estimate for the tasks of one token tile together.
     """
 
     groups: torch.Tensor
     entries: torch.Tensor
     tasks: Schedule
+    clocks: float
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -98,12 +100,12 @@ def make_narrow_schedule(
     ends = np.bincount(group[order][starts]).cumsum()
     stages = np.diff(ends, prepend=0)
     products = np.bincount(group) * (TILE_TOKENS * outputs * block[1] * PRODUCT_CLOCKS)
-    tasks = make_schedule(
-        (stages * STAGE_CLOCKS + products).tolist(), ceil_div(tokens, TILE_TOKENS), n_programs, tile_cost=FIXED_CLOCKS
-    )
+    clocks = stages * STAGE_CLOCKS + products
+    tasks = make_schedule(clocks.tolist(), ceil_div(tokens, TILE_TOKENS), n_programs, tile_cost=FIXED_CLOCKS)
     device = indptr.device
     return NarrowSchedule(
         torch.tensor(np.stack([ends - stages, stages], axis=1), dtype=torch.int32, device=device),
         torch.tensor(entries, dtype=torch.int32, device=device),
         tasks.to(device),
+        float(clocks.sum()),
     )

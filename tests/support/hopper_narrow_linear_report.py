@@ -23,7 +23,7 @@ CASES = {
     "32x64 fused": (LinearCase(512, 512, (32, 64), (1000,), **FUSED), torch.bfloat16),
     "64x16 fused": (LinearCase(512, 512, (64, 16), (1000,), **FUSED), torch.bfloat16),
     "128x16": (LinearCase(512, 512, (128, 16), (1000,), activation="relu6"), torch.float16),
-    "128x64 fused": (LinearCase(512, 512, (128, 64), (1000,), **FUSED), torch.float16),
+    "128x32 fused": (LinearCase(512, 512, (128, 32), (1000,), **FUSED), torch.float16),
 }
 
 
