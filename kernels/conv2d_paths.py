@@ -53,16 +53,22 @@ def pointwise_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dConfig
 
 
 def choose_conv2d_config(
-    problem: Conv2dProblem, device: DeviceInfo, *, max_pool: bool = False, allow_tf32: bool = False
+    problem: Conv2dProblem,
+    device: DeviceInfo,
+    *,
+    max_pool: bool = False,
+    allow_tf32: bool = False,
+    permuted: bool = False,
 ) -> Conv2dConfig:
     """The config for a problem nobody tuned.
 
     Args:
         max_pool: whether a 2 x 2 max-pool follows and may be fused.
         allow_tf32: whether float32 products may be rounded to tf32.
+        permuted: whether output channels move in groups, which the convolution kernel does in its store.
     """
     config = pointwise_config(problem, device)
-    if config is not None and not max_pool:
+    if config is not None and not max_pool and not permuted:
         return config
     ranked = ranked_configs(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
     return ranked[0] if ranked else default_conv2d_config(problem, device)

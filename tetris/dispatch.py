@@ -73,7 +73,7 @@ def conv2d_launch(
     config = Conv2dConfig.from_key(key) if key else shipped_conv2d_choice(problem, device, max_pool)
     options = dict(max_pool=max_pool, allow_tf32=allow_tf32)
     if config is None or conv2d_refuses(problem, device, config, **options) is not None:
-        config = choose_conv2d_config(problem, device, **options)
+        config = choose_conv2d_config(problem, device, **options, permuted=output_group > 0)
     if config.kernel == "hopper_linear":
         return Launch(config.to_key(), pointwise_schedule(problem, config, indptr, indices, device.sm_count).tensors)
     if config.kernel != "hopper":

@@ -58,6 +58,7 @@ def test_a_layer_launches_it_with_its_schedule(monkeypatch: pytest.MonkeyPatch):
     assert Conv2dConfig.from_key(launch.config).kernel == "hopper_linear" and len(launch.schedule) == 3
     pooled = dispatch.conv2d_launch(problem, operands["indptr"], operands["indices"], max_pool=True)
     assert Conv2dConfig.from_key(pooled.config).kernel == "hopper", "it cannot pool"
+    assert choose_conv2d_config(problem, H200, permuted=True).kernel == "hopper", "nor permute as it stores"
 
 
 def test_its_schedule_covers_all_pixels():
