@@ -93,6 +93,24 @@ def test_is_the_same_every_time(device):
         assert torch.equal(first, block_sparse_linear(**operands, config=config, schedule=schedule.tensors))
 
 
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph(device):
+    """The counters are back at zero after every replay."""
+    from tetris.kernels.linear_split import block_sparse_linear
+
+    operands = linear_operands(replace(LONG, tokens=(100,)), torch.float16, device)
+    config = replace(CONFIG, tile_tokens=64)
+    schedule = schedule_of(operands, replace(LONG, tokens=(100,)), config)
+    eager = block_sparse_linear(**operands, config=config, schedule=schedule.tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block_sparse_linear(**operands, config=config, schedule=schedule.tensors)
+    for _ in range(5):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, eager) and schedule.counters.count_nonzero() == 0
+
+
 def test_parts_cover_every_block_once():
     operands = linear_operands(LONG, torch.float16, torch.device("cpu"))
     schedule = schedule_of(operands, LONG, CONFIG)
