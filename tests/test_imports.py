@@ -18,6 +18,7 @@ LAYERS: dict[str, int] = {
     # L0: pure data
     "errors": 0,
     "files": 0,
+    "json_fields": 0,
     "layout": 0,
     "permutation": 0,
     "plans": 0,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tetris.errors import FileFormatError, TetrisError
 from tetris.files import write_text
+from tetris.json_fields import complete_fields, known_fields, list_of, sizes
 
 FORMAT = "tetris-plan"
 VERSION = 1
@@ -254,10 +255,10 @@ class ModelPlan:
             raise FileFormatError(
                 f"{source}: wanted plan version {VERSION}; got {data.get('version')!r}; make the plan again"
             )
-        layers = _list_of(data.get("layers"), f"{source}: layers")
-        rest = _known(data, ModelPlan, source, ignore=("format", "version", "layers"))
+        layers = list_of(data.get("layers"), f"{source}: layers")
+        rest = known_fields(data, ModelPlan, source, ignore=("format", "version", "layers"))
         if (whole := rest.get("end_to_end")) is not None:
-            rest["end_to_end"] = EndToEnd(**_complete(whole, EndToEnd, f"{source}: end_to_end"))
+            rest["end_to_end"] = EndToEnd(**complete_fields(whole, EndToEnd, f"{source}: end_to_end"))
         return ModelPlan(tuple(_layer(entry, f"{source}: layer {i}") for i, entry in enumerate(layers)), **rest)
 
     def save(self, path: str | Path) -> Path:
@@ -326,66 +327,26 @@ def _speedup_cell(layer: LayerPlan, block: Block) -> str:
     return f"{layer.dense.time_us / min(asked or times):.2f}" if times else ""
 
 
-_NUMBER = (int, float)
-
-
-def _known(data: Any, kind: type, source: str, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The entries of a JSON object that are fields of the dataclass ``kind``, type-checked; refuses unknown ones."""
-    if not isinstance(data, dict):
-        raise FileFormatError(f"{source}: wanted an object; got {data!r}")
-    types = {f.name: str(f.type) for f in fields(kind)}
-    unknown = set(data) - set(types) - set(ignore)
-    if unknown:
-        raise FileFormatError(f"{source}: unknown fields {sorted(unknown)}; it has {', '.join(types)}")
-    found = {name: value for name, value in data.items() if name not in ignore}
-    for name, value in found.items():
-        wanted: tuple[type, ...] = {"str": (str,), "float": _NUMBER}.get(types[name], (object,))
-        if not isinstance(value, wanted) or (wanted is _NUMBER and isinstance(value, bool)):
-            raise FileFormatError(f"{source}: {name} wants a {types[name]}; got {value!r}")
-    return found
-
-
-def _complete(data: Any, kind: type, source: str) -> dict[str, Any]:
-    """As :func:`_known`; the fields without a default must be there."""
-    found = _known(data, kind, source)
-    missing = {f.name for f in fields(kind) if f.default is MISSING} - set(found)
-    if missing:
-        raise FileFormatError(f"{source}: the fields {sorted(missing)} are missing")
-    return found
-
-
-def _list_of(value: Any, source: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise FileFormatError(f"{source}: wanted a list; got {value!r}")
-    return value
-
-
-def _sizes(value: Any, source: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value):
-        raise FileFormatError(f"{source}: wanted a list of sizes; got {value!r}")
-    return tuple(value)
-
-
 def _block(value: Any, source: str) -> Block | None:
     if value is None:
         return None
-    sizes = _sizes([value, value] if isinstance(value, int) else value, source)
-    if len(sizes) != 2:
+    pair = sizes([value, value] if isinstance(value, int) else value, source)
+    if len(pair) != 2:
         raise FileFormatError(f"{source}: wanted [out, in] or null for dense; got {value!r}")
-    return sizes[0], sizes[1]
+    return pair[0], pair[1]
 
 
 def _layer(data: Any, source: str) -> LayerPlan:
-    found = _complete(data, LayerPlan, source)
+    found = complete_fields(data, LayerPlan, source)
     source = f"{source} ({found['name']})"
     if found["kind"] not in KINDS:
         raise FileFormatError(f"{source}: kind wants one of {', '.join(KINDS)}; got {found['kind']!r}")
-    found["shape"] = _sizes(found["shape"], f"{source}: shape")
+    found["shape"] = sizes(found["shape"], f"{source}: shape")
     found["block"] = _block(found.get("block"), f"{source}: block")
-    found["input_shape"] = _sizes(found.get("input_shape", []), f"{source}: input_shape")
-    entries = _list_of(found.get("candidates", []), f"{source}: candidates")
+    found["input_shape"] = sizes(found.get("input_shape", []), f"{source}: input_shape")
+    entries = list_of(found.get("candidates", []), f"{source}: candidates")
     found["candidates"] = tuple(_candidate(entry, f"{source}: candidate {i}") for i, entry in enumerate(entries))
-    found["failures"] = tuple(map(str, _list_of(found.get("failures", []), f"{source}: failures")))
+    found["failures"] = tuple(map(str, list_of(found.get("failures", []), f"{source}: failures")))
     for side in ("output_order", "input_order"):
         if found.get(side, SHARED) not in ORDERS:
             raise FileFormatError(f"{source}: {side} wants one of {', '.join(ORDERS)}; got {found[side]!r}")
@@ -395,5 +356,5 @@ def _layer(data: Any, source: str) -> LayerPlan:
 
 
 def _candidate(data: Any, source: str) -> Candidate:
-    found = _complete(data, Candidate, source)
+    found = complete_fields(data, Candidate, source)
     return Candidate(**{**found, "block": _block(found["block"], f"{source}: block")})
