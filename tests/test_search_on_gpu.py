@@ -97,6 +97,7 @@ def test_batched_steps_leave_no_swap() -> None:
 def test_exact_steps_reach_the_same_optimum_and_prove_it() -> None:
     values, here, there = values_of(24, 6, 1000), blocks(24, 4), blocks(24, 4)
     transport.exact(values, here)
+    assert transport.exact(on_gpu(values), blocks(24, 4)) > 0
     moves, prices = transport.solve(on_gpu(values), there)
     kept = [float(values.gather(1, partition.labels()[:, None]).sum()) for partition in (here, there)]
     assert moves > 0 and kept[0] == kept[1]
@@ -105,7 +106,7 @@ def test_exact_steps_reach_the_same_optimum_and_prove_it() -> None:
 
 
 def test_a_cycle_search_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_solve_on_cpu", lambda *arguments: (0, 0, False, torch.zeros(6)))
+    monkeypatch.setattr(transport, "_solve_on_cpu", lambda *arguments: (0, False, torch.zeros(6)))
     with pytest.raises(RuntimeError, match="did not end"):
         transport.solve(values_of(24, 6), blocks(24, 4))
 

@@ -42,7 +42,6 @@ def alternate(
     m_step: MStep,
     budget: Budget | None = None,
     progress: Progress | None = None,
-    waits: bool = False,
 ) -> int:
     """Alternate E- and M-steps until the kept importance stops rising. On a GPU only an E-step is waited for.
 
@@ -50,12 +49,11 @@ def alternate(
         system: its partitions change in place.
         keys: the reorderable dimensions (Omega), in the order of their M-steps.
         m_step: improves one partition for given values.
-        waits: whether the M-step itself waits for a GPU.
     Returns:
         the number of swaps of all M-steps.
     """
     budget = budget or Budget()
-    if not waits and budget.seconds is None and _is_plain(system, keys):
+    if budget.seconds is None and _is_plain(system, keys):
         return _alternate_by_replay(system, keys, m_step, progress)
     swaps: int | torch.Tensor = 0
     step, best = 0, -1.0

@@ -82,7 +82,7 @@ def exact(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     The certificate is {key: Certificate} for the final mask; absent when the time budget ran out before the end.
     """
     swaps = alternate(system, keys, greedy, options.budget, options.progress)
-    swaps += alternate(system, keys, solve_exactly, options.budget, options.progress, waits=True)
+    swaps += alternate(system, keys, solve_exactly, options.budget, options.progress)
     if options.budget.spent:
         return Outcome(swaps)
     masks, _ = system.expectation()
@@ -107,7 +107,7 @@ def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
             swaps = alternate(to_beat, keys, greedy, budget)
     swaps += alternate(system, keys, greedy, budget)
     if not large:
-        swaps += alternate(system, keys, solve_exactly, budget, waits=True)
+        swaps += alternate(system, keys, solve_exactly, budget)
     if system.expectation()[1] < to_beat.expectation()[1]:
         system.restore(to_beat.snapshot())
     return Outcome(swaps)

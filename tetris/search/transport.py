@@ -60,9 +60,16 @@ def optimality_gap(values: torch.Tensor, labels: torch.Tensor, prices: torch.Ten
     return gap
 
 
-def exact(values: torch.Tensor, partition: Partition) -> int:
-    """Assign slices to groups optimally; ``partition.order`` changes in place. Returns the number of moves."""
-    return solve(values, partition)[0]
+def exact(values: torch.Tensor, partition: Partition) -> int | torch.Tensor:
+    """Assign slices to groups optimally; ``partition.order`` changes in place.
+
+    Returns:
+        the number of moves; on a GPU a tensor there, so that nothing waits for it (nor checks it: certify does).
+    """
+    if not _solves_on_gpu(values, partition):
+        return solve(values, partition)[0]
+    swaps, (cancelled, _, _), _ = _solve_on_gpu(values, partition, _rounding(values))
+    return swaps + cancelled
 
 
 def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor]:
@@ -73,18 +80,31 @@ def solve(values: torch.Tensor, partition: Partition) -> tuple[int, torch.Tensor
     """
     if partition.n_groups < 2:
         return 0, torch.zeros(partition.n_groups, dtype=torch.float64)
-    tolerance = values.max().clamp(min=0).double() * (64 * torch.finfo(torch.float64).eps)
-    on_gpu = values.is_cuda and partition.edge is not None
-    moves, cancelled, ended, prices = (_solve_on_gpu if on_gpu else _solve_on_cpu)(values, partition, tolerance)
+    if _solves_on_gpu(values, partition):
+        swaps, result, both = _solve_on_gpu(values, partition, _rounding(values))
+        cancelled, passes, ended = result.tolist()
+        moves, prices = int(swaps) + cancelled, both[passes % 2]
+    else:
+        moves, ended, prices = _solve_on_cpu(values, partition, _rounding(values))
     if not ended:
         raise RuntimeError("exact M-step: the cycle search did not end; please report this weight")
-    return moves + cancelled, prices
+    return moves, prices
+
+
+def _solves_on_gpu(values: torch.Tensor, partition: Partition) -> bool:
+    """Whether kernels do it: groups of unequal sizes go through the compiled CPU loops."""
+    return values.is_cuda and partition.n_groups > 1 and partition.edge is not None
+
+
+def _rounding(values: torch.Tensor) -> torch.Tensor:
+    """float64 []: gains up to it are rounding."""
+    return values.max().clamp(min=0).double() * (64 * torch.finfo(torch.float64).eps)
 
 
 def _solve_on_cpu(
     values: torch.Tensor, partition: Partition, tolerance: torch.Tensor
-) -> tuple[int, int, bool, torch.Tensor]:
-    """(moves by splitting pairs, moves along cycles, whether it ended, prices)."""
+) -> tuple[int, bool, torch.Tensor]:
+    """(moves, whether it ended, prices)."""
     from tetris.search import numba_kernels, numba_transport
 
     host, order, offsets = values.cpu().contiguous().numpy(), partition.order.cpu(), partition.offsets.cpu().numpy()
@@ -99,24 +119,26 @@ def _solve_on_cpu(
         host, order.numpy(), offsets, prices.numpy(), tolerance.item(), _MAX_PASSES
     )
     partition.order.copy_(order)
-    return moves, int(cancelled), bool(ended), prices
+    return moves + int(cancelled), bool(ended), prices
 
 
 def _solve_on_gpu(
     values: torch.Tensor, partition: Partition, tolerance: torch.Tensor
-) -> tuple[int, int, bool, torch.Tensor]:
-    """The same with kernels: nothing but the counts and prices leaves the GPU."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same with kernels: (moves by splitting pairs, [moves along cycles, passes, whether it ended], two prices).
+
+    The prices of row passes % 2 are the last. Nothing waits for the GPU.
+    """
     require_triton("reorder")
     from tetris.kernels.cycle_cancel import cancel_cycles
 
     assert partition.edge is not None
     turns, epsilon = turns_of_sweep(partition.n_groups), tolerance.to(values.dtype)
-    swaps = [torch.as_tensor(sweep(values, partition, partition.groups, 0, turns, epsilon)) for _ in range(_SWEEPS)]
-    result, prices = cancel_cycles(
-        values, partition.order, partition.edge, tolerance, processors=processors(values.device)
-    )
-    *moves, cancelled, passes, ended = torch.cat([torch.stack(swaps), result]).tolist()
-    return sum(moves), cancelled, bool(ended), prices[passes % 2]
+    swaps = torch.zeros((), dtype=torch.int64, device=values.device)
+    for _ in range(_SWEEPS):
+        swaps += sweep(values, partition, partition.groups, 0, turns, epsilon)
+    cores = processors(values.device)
+    return swaps, *cancel_cycles(values, partition.order, partition.edge, tolerance, processors=cores)
 
 
 def certify(values: torch.Tensor, partition: Partition) -> Certificate:
