@@ -103,6 +103,14 @@ def test_times_of_layers_add_up(tmp_path, monkeypatch: pytest.MonkeyPatch):
     assert "VGG16 all" in reorder_bench.show(rows)
 
 
+def test_every_search_compiles_before_it_is_timed(monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple] = []
+    monkeypatch.setattr(reorder_bench, "reorder", lambda *arguments, steps: made.append((arguments[1:], steps)))
+    reorder_bench.compile_searches(ReorderCase("m", gaussian(16, 0), (4, 2), 0.5, 0), "cpu")
+    methods = dict.fromkeys(method for _, method, _ in METHODS)
+    assert made == [(((4, 2), 0.5, method), 2) for method in methods]
+
+
 def test_a_layer_that_fails_is_named_and_voids_the_sum(monkeypatch: pytest.MonkeyPatch):
     def fails(*arguments, **options):
         raise RuntimeError("out of memory")
