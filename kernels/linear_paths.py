@@ -94,12 +94,15 @@ def hopper_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
 def medium_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     """The portable kernel with tiles of 64 tokens or fewer and a deep pipeline, for too few tokens to fill the GPU.
 
-    H200, 128 tokens, 4096 -> 4096: 11.9 us with 10 stages, 15.2 with 7, 22.7 with 4.
+    H200, 128 tokens, 4096 -> 4096: 11.9 us with 10 stages, 15.2 with 7, 22.7 with 4. Tiles of 128 where they still are
+    enough: 512 tokens, 18.7 us instead of 22.4 (int8 weights 23.5 instead of 28.6).
     """
     config = default_linear_config(problem, device)
     if not config.descriptors or device.capability != (9, 0):
         return config
     tile = max(config.tile_tokens, min(64, next_power_of_two(problem.tokens, 16)))
+    if ceil_div(problem.out_features, config.tile_out) * ceil_div(problem.tokens, 128) >= device.sm_count:
+        tile = max(tile, 128)
     stages = (device.shared_bytes - 4096) // problem.step_bytes(tile, config.tile_out, config.tile_k)
     return replace(config, tile_tokens=tile, num_stages=max(2, min(10, stages)))
 
