@@ -39,7 +39,7 @@ class ConvertedLayer:
 
     Attributes:
         name: qualified name.
-        kind: "block-sparse" or "dense".
+        kind: "block-sparse", "dense", or "dense blocks": not pruned, on the block kernel.
         block, kept_fraction: of a block-sparse layer; None and 1.0 for a dense one.
         permutes: "", "input", "output" or "input, output": data movements left at run time.
         fused: what the epilogue does besides the bias.
@@ -249,7 +249,8 @@ class _Converter:
         moved = [
             w for w, p in (("input", layer.input_permutation), ("output", layer.output_permutation)) if p is not None
         ]
-        record.kind, record.block, record.permutes = "block-sparse", layer.block, ", ".join(moved)
+        record.kind = "dense blocks" if name in self.full else "block-sparse"
+        record.block, record.permutes = layer.block, ", ".join(moved)
         record.kept_fraction = layer.kept_fraction
 
 
