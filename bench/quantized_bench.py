@@ -20,7 +20,7 @@ from tetris.autotune.device import device_info, device_name, versions
 from tetris.autotune.timer import time_us
 from tetris.bench.cases import LinearCase, random_layout
 from tetris.bench.linear_bench import Run, candidates, fastest
-from tetris.bench.rows import OK, WRONG, Row
+from tetris.bench.rows import OK, WRONG, Row, write_csv
 from tetris.dispatch import dtype_name
 from tetris.kernels.configs import LinearConfig, LinearProblem, default_linear_config
 from tetris.kernels.linear_paths import DECODE_TOKENS, decode_config, linear_refuses, split_config
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             least = ceilings.least_us(row.flop, row.bytes) if ceilings else math.nan
             rows.append(replace(row, roofline_fraction=least / row.median_us))
             print(row.case, row.provider, f"{row.median_us:.2f} us {row.speedup:.2f}x {row.status}", flush=True)
+        write_csv(args.out / "quantized.csv", rows)  # after every case: a run that is cut short keeps its rows
     return rows
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.fake_gpu import H200, clock
 from tetris.bench import quantized_bench
-from tetris.bench.rows import OK, WRONG
+from tetris.bench.rows import OK, WRONG, read_csv
 from tetris.kernels.configs import LinearProblem
 
 PROVIDERS = ["dense", "tetris float32", "tetris int8", "tetris float8_e4m3fn"]
 
 
-def test_a_quick_run_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_run_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_bench, "time_us", clock({"dense": 30.0, "tetris int8": 10.0}, otherwise=20.0))
     parser = argparse.ArgumentParser()
     quantized_bench.add_arguments(parser)
-    rows = quantized_bench.run(argparse.Namespace(**vars(parser.parse_args([])), device="cpu", quick=True))
+    options = vars(parser.parse_args([]))
+    rows = quantized_bench.run(argparse.Namespace(**options, device="cpu", quick=True, out=tmp_path))
+    assert len(read_csv(tmp_path / "quantized.csv")) == len(rows)
     assert [row.provider for row in rows] == 2 * PROVIDERS and {row.status for row in rows} == {OK}
     assert [row.speedup for row in rows[:4]] == [1.0, 1.5, 3.0, 1.5]
     plain, int8, float8 = rows[1:4]
