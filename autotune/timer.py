@@ -131,7 +131,18 @@ def _time_cuda(
     return {name: Timing.of([a.elapsed_time(b) * 1e3 for a, b in pairs]) for name, pairs in events.items()}
 
 
-def graphed(function: Callable[[], object], pool: Any = None) -> Callable[[], object]:
+@dataclass(frozen=True)
+class Replay:
+    """A captured CUDA graph. It keeps the function, whose tensors (weights, schedules) every replay reads again."""
+
+    graph: torch.cuda.CUDAGraph
+    function: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def graphed(function: Callable[[], object], pool: Any = None) -> Replay:
     """The function captured in a CUDA graph: calling the result replays it on the same memory.
 
     Functions captured with one ``pool`` (``torch.cuda.graph_pool_handle()``) share memory: their results do not last.
@@ -144,4 +155,4 @@ def graphed(function: Callable[[], object], pool: Any = None) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         function()
-    return graph.replay
+    return Replay(graph, function)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tetris.autotune.ceilings import Ceilings, measure_ceilings
 from tetris.autotune.device import device_info, device_name, short_gpu_name, short_name, versions
-from tetris.autotune.timer import Timing, time_us
+from tetris.autotune.timer import Timing, graphed, time_us
 
 
 def test_interleaves_and_counts_runs() -> None:
@@ -65,3 +70,21 @@ def test_gpu_times_are_between_floor_and_launch(options: dict[str, bool]) -> Non
     x = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     times = time_us({"fill": x.zero_}, device="cuda", repeats=5, **options)
     assert 20 < times["fill"].median_us < 2000
+
+
+def test_a_captured_graph_keeps_what_it_reads_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuner keeps nothing but the replay; a layer whose schedule is freed would be replayed on foreign memory."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None: nullcontext())
+    replays: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append("replayed")))
+    layer = torch.nn.Linear(2, 2)
+    weight = weakref.ref(layer.weight)
+    replay = graphed(partial(layer, torch.ones(2)))
+    del layer
+    gc.collect()
+    replay()
+    assert weight() is not None and replays == ["replayed"]
