@@ -142,7 +142,18 @@ class Replay:
         self.graph.replay()
 
 
-def graphed(function: Callable[[], object], pool: Any = None) -> Replay:
+@dataclass(frozen=True)
+class Graphed:
+    """A captured function. It keeps the function, and so all memory that the graph reads, alive."""
+
+    function: Callable[[], object]
+    graph: Any
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def graphed(function: Callable[[], object], pool: Any = None) -> Graphed:
     """The function captured in a CUDA graph: calling the result replays it on the same memory.
 
     Functions captured with one ``pool`` (``torch.cuda.graph_pool_handle()``) share memory: their results do not last.
@@ -155,4 +166,4 @@ def graphed(function: Callable[[], object], pool: Any = None) -> Replay:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         function()
-    return Replay(graph, function)
+    return Graphed(function, graph)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import config_space
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team, local_gpu
-from tetris.autotune.timer import time_us
+from tetris.autotune.timer import graphed, time_us
 from tetris.autotune.tuner import apply_tuned, sparse_layers
 from tetris.dispatch import Launch
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearConfig, LinearProblem
@@ -86,6 +88,27 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
     clock = Clock(monkeypatch)
     times = time_us({"a": clock.run}, device="cuda", warmup=2, repeats=4, cuda_graph=True, queue_ahead=False)
     assert clock.replays == 4 and clock.sleeps == 0 and clock.now == 2 + 2 + 4 and times["a"].p90_us == 1000
+
+
+def test_a_graph_keeps_alive_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200 a replay read the freed schedule of a layer that only the captured function had held."""
+    clock = Clock(monkeypatch)
+
+    class Layer:
+        def __call__(self) -> None:
+            clock.run()
+
+    layer = Layer()
+    alive = weakref.ref(layer)
+    replay = graphed(layer)
+    del layer
+    gc.collect()
+    assert alive() is not None
+    replay()
+    assert clock.replays == 1
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("device_name", ["cpu", "cuda"])
