@@ -43,6 +43,10 @@ BASELINE = "cublas"
 SHORT_TOKENS = 1024
 """Up to here a case runs from a CUDA graph with a cold L2."""
 
+DISTURBED = 1.05
+"""A median this far above the fastest tenth of the runs says that something else held the GPU or the host up. Torch's
+BSR waits for the host most of all: its launch takes longer than the timer queues ahead."""
+
 Run = Callable[[], torch.Tensor]
 
 
@@ -97,6 +101,8 @@ def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
         ] + [split_config(problem, info)]
         return [config for config in found if linear_refuses(problem, info, config) is None]
     found = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in (256, 128)]
+    if problem.tokens > SHORT_TOKENS:
+        found.append(LinearConfig(kernel="narrow"))
     if problem.tokens <= SHORT_TOKENS:
         found += [replace(split_config(problem, info), tile_tokens=tile) for tile in (128, 64)]
     portable = default_linear_config(problem, info)
@@ -218,7 +224,8 @@ def compile_all(cases: Sequence[Case], sweep: int) -> None:
 def measure(case: Case, args: argparse.Namespace, ceilings: Ceilings | None) -> list[Row]:
     """The rows of one case."""
     operands = Operands.of(case, args.device)
-    short = case.layer.tokens <= SHORT_TOKENS and args.device == "cuda"
+    on_gpu = args.device == "cuda"
+    short = on_gpu and case.layer.tokens <= SHORT_TOKENS
     made = contest(case, operands, args.device, args.sweep)
     made.choose(args.device, short)
     allowed = tolerance(operands.x.dtype, torch.backends.cuda.matmul.allow_tf32)
@@ -244,6 +251,7 @@ def measure(case: Case, args: argparse.Namespace, ceilings: Ceilings | None) -> 
             least = ceilings.least_us(flop, size) if ceilings else math.nan
             row = replace(
                 row, median_us=t.median_us, p10_us=t.p10_us, p90_us=t.p90_us, roofline_fraction=least / t.median_us,
+                status="disturbed" if on_gpu and t.median_us > DISTURBED * t.p10_us else "ok",
                 speedup=times[BASELINE].median_us / t.median_us if BASELINE in times else math.nan,
             )  # fmt: skip
         rows.append(row)

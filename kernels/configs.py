@@ -191,7 +191,8 @@ class Conv2dConfig(KernelConfig):
 class LinearConfig(KernelConfig):
     """How a block-sparse linear layer runs; fields as in :class:`Conv2dConfig`, ``tile_tokens`` rows of x a program.
 
-    ``kernel``: "portable", "hopper", "split" (block rows cut along the inputs) or "decode" (at most 16 tokens).
+    ``kernel``: "portable", "hopper", "narrow" (Hopper, small scattered blocks), "split" (block rows cut along the
+    inputs) or "decode" (at most 16 tokens).
     """
 
     kernel: str = "portable"

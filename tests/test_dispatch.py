@@ -86,10 +86,13 @@ def test_a_given_key_is_taken_as_it_is(h200):
 def test_linear_layers_get_the_kernel_of_their_tokens_and_layout(h200):
     launch = linear_launch(LINEAR, *lists((4096, 4096), 0.27))
     assert LinearConfig.from_key(launch.config).kernel == "hopper" and len(launch.schedule) == 3
+    small = replace(LINEAR, block=(32, 32), n_blocks=4424)
+    scattered = linear_launch(small, *lists((4096, 4096), 0.27, (32, 32)))
+    assert LinearConfig.from_key(scattered.config).kernel == "narrow" and len(scattered.schedule) == 4
     few = linear_launch(replace(LINEAR, tokens=1), *lists((4096, 4096), 0.27))
     assert LinearConfig.from_key(few.config).kernel == "decode" and few.schedule == []
-    wide = replace(LINEAR, in_features=8192, out_features=2048, n_blocks=164)
-    scattered = linear_launch(wide, *lists((2048, 8192), 0.04))  # its strips share hardly any inputs
+    wide = replace(LINEAR, in_features=25088, n_blocks=1004)
+    scattered = linear_launch(wide, *lists((4096, 25088), 0.04))  # its strips share hardly any inputs
     assert LinearConfig.from_key(scattered.config).kernel == "portable" and scattered.schedule == []
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tetris.bench.cases import random_layout
+from tetris.bench.cases import random_layout, reordered_layout
 from tetris.kernels.configs import DeviceInfo, LinearProblem
 from tetris.kernels.hopper.linear_schedule import make_linear_schedule
 from tetris.kernels.linear_paths import (
@@ -15,6 +15,7 @@ from tetris.kernels.linear_paths import (
     hardly_shares,
     linear_refuses,
     linear_schedule,
+    narrow_schedule,
     split_config,
 )
 
@@ -82,10 +83,33 @@ def test_schedules_by_the_kernel():
     assert "16 tokens" in (linear_refuses(problem, H200, decode) or "")
 
 
-@pytest.mark.parametrize(("kept", "expected"), [(0.04, True), (0.27, False), (1.0, False)])
+@pytest.mark.parametrize(("kept", "expected"), [(0.04, True), (0.10, False), (0.27, False)])
 def test_sparse_random_layouts_hardly_share_inputs(kept, expected):
-    layout = random_layout((2048, 8192), (64, 64), kept).without_empty_rows()
+    layout = random_layout((4096, 25088), (64, 64), kept).without_empty_rows()
     schedule = make_linear_schedule(
         layout.indptr, layout.indices, block=(64, 64), tokens=4096, tile_tokens=256, n_programs=132
     )
     assert hardly_shares(schedule) == expected
+
+
+@pytest.mark.parametrize(
+    ("block", "make", "kept", "expected"),
+    [
+        ((32, 32), random_layout, 0.27, True),
+        ((128, 16), random_layout, 0.27, True),
+        ((32, 32), random_layout, 0.1, False),  # too few products for a stage's inputs
+        ((64, 32), random_layout, 0.27, False),
+        ((64, 64), random_layout, 0.27, False),
+        ((32, 32), reordered_layout, 0.27, False),
+        ((128, 16), reordered_layout, 0.27, False),
+    ],
+)
+def test_small_blocks_that_lie_scattered_take_the_narrow_kernel(block, make, kept, expected):
+    layout = make((4096, 4096), block, kept).without_empty_rows()
+    problem = LinearProblem(8192, 4096, 4096, block, "float16", layout.n_blocks)
+    wide = make_linear_schedule(
+        layout.indptr, layout.indices, block=block, tokens=8192, tile_tokens=256, n_programs=132
+    )
+    narrow = narrow_schedule(problem, H200, wide, layout.indptr, layout.indices)
+    assert (narrow is not None) == expected
+    assert narrow_schedule(problem, A100, wide, layout.indptr, layout.indices) is None
