@@ -1,8 +1,9 @@
 """How a tile of the Hopper convolution's output leaves shared memory where its channels are permuted (Gluon).
 
 The copy engine stores boxes of consecutive channels, and pays for every 16 bytes of a scattered one what 128 cost in a
-row. Threads write 16 bytes each at the same rate wherever they go: channels move in groups of that size. On an H200
-that makes 512 -> 512 channels at 28 x 28 3 % slower (173.5 us instead of 168.4), 256 -> 256 at 56 x 56 6 %.
+row. Threads write 16 bytes each at the same rate wherever they go: channels move in groups of that size. On an H200,
+float16, 512 -> 512 channels at 28 x 28 take 172.8 us unpermuted, 184.0 in groups of 16 channels, 248.6 in groups of 8,
+which fill half a sector of memory at a time, and 277.0 followed by the permute kernel.
 """
 
 # mypy: ignore-errors
