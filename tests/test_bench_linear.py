@@ -13,6 +13,7 @@ import torch
 from tests.support.fake_gpu import A100, H200, KernelRecorder, clock, linear_twin, module_with
 from tetris import dispatch
 from tetris.autotune.ceilings import Ceilings
+from tetris.autotune.timer import Timing
 from tetris.bench import linear_bench, linear_operands, linear_peers
 from tetris.bench.cases import LinearCase
 from tetris.bench.linear_bench import BASELINE, Operands, candidates
@@ -98,6 +99,15 @@ def test_providers_on_a_gpu_are_compared_and_missing_ones_explained(fake_gpu, tm
     second = {row.provider: row.status for row in rows if row.case == QUICK_CASES[1].name}
     assert second["torch BSR"] == "skipped: it takes 16 tokens and more"
     assert second["stanford-stk"] == "skipped: not installed"
+
+
+def test_a_median_far_from_the_fastest_runs_is_marked(fake_gpu, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    spread = {"torch BSR": Timing(80.0, 60.0, 400.0, 3)}
+    times = lambda runs, **options: {name: spread.get(name, Timing(20.0, 19.5, 90.0, 3)) for name in runs}  # noqa: E731
+    monkeypatch.setattr(linear_bench, "time_us", times)
+    rows = linear_bench.measure(QUICK_CASES[0], arguments(tmp_path, device="cuda", sweep=1), CEILINGS)
+    status = {row.provider: row.status for row in rows}
+    assert status["torch BSR"] == "disturbed" and status["tetris"] == status["torch BSR swept"] == "ok"
 
 
 def test_wrong_products_and_failing_peers_are_not_timed(fake_gpu, tmp_path, monkeypatch: pytest.MonkeyPatch):
