@@ -38,7 +38,7 @@ from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 class Launch:
     """What an operation needs beyond its tensors: a config key ("" = the portable default) and schedule tensors.
 
-    ``permutes_output``: the kernel stores permuted channels at no cost; otherwise a pass of its own is faster.
+    ``permutes_output``: the kernel stores permuted channels itself, cheaper than a pass of its own; others do not.
     """
 
     config: str = ""
