@@ -129,6 +129,17 @@ TABLES: dict[str, ReadmeTable] = {
         columns=(("search", "case", str), ("method", "provider", str), ("us", "median_us", microseconds)),
         keep=lambda row: row.case.startswith(("VGG16 all", "VGG16 fc6")),
     ),
+    "h200-reorder-quality": ReadmeTable(
+        csv="h200/reorder.csv",
+        columns=(
+            ("matrices", "matrices", str),
+            ("method", "provider", str),
+            ("gain / the paper's", "mean_gain", times),
+            ("worst case", "worst_gain", times),
+            ("us", "median_us", microseconds),
+        ),
+        keep=lambda row: row.case in ("suite: gaussian", "suite: trained") and row.provider not in ("none", "sort"),
+    ),
     "h200-linear": ReadmeTable(
         csv="h200/linear.csv",
         columns=(
