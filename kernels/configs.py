@@ -155,8 +155,8 @@ class Conv2dConfig(KernelConfig):
         w_taps: "hopper" only: kernel taps whose weights are loaded together; 0 = chosen by the kernel.
         input_order: "hopper" only: order of the input tile in shared memory, "images" or "copies".
         schedule: "hopper" only: "balanced" (offline, longest block rows first) or "static".
-        fetch: "hopper" only: what L2 takes of the input from memory, whole "lines" of 128 bytes or the "sectors" that are
-            asked for: faster where few channels of a line are kept, but some microseconds at the start.
+        fetch: "hopper" only: what L2 takes of the input from memory, whole "lines" of 128 bytes or the "sectors" that
+            are asked for: faster where few channels of a line are kept, but some microseconds at the start.
         output_group: "hopper" only: an output permutation moves whole groups of so many channels, a multiple of 16
             bytes of them, as :func:`tetris.permutation.group_size` finds; 0 = it takes none.
     """
