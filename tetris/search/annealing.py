@@ -6,8 +6,8 @@ Here the E-step answers with a soft mask at temperature t,
     w = sigmoid((B - tau) / (t std(B))) * (1 + a t N(0, 1)),      B the block sums, tau such that the sigmoids sum to K,
 
 so that blocks near the threshold still count, and the M-step re-splits every pair of groups once. t falls
-geometrically; plain alternation with the hard mask finishes. The start is random: at a high temperature the beginning is
-forgotten anyway. Neither colder ends nor more noise help; bench/NOTES.md has what was tried.
+geometrically; plain alternation with the hard mask finishes. The start is random: at a high temperature the beginning
+is forgotten anyway. Neither colder ends nor more noise help; bench/NOTES.md has what was tried.
 """
 
 from __future__ import annotations
