@@ -24,7 +24,7 @@ def test_search_kernels_hold_their_state_in_registers(target):
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     kernels = json.loads(child.stdout)
-    names = {kernel["name"] for kernel in kernels}
-    assert {"swap_search_kernel", "cancel_cycles_kernel", "tournament_kernel", "soft_mask_kernel", "hard_mask_kernel"} <= names
+    expected = {"swap_search_kernel", "cancel_cycles_kernel", "tournament_kernel", "soft_mask_kernel"}
+    assert expected | {"hard_mask_kernel"} <= {kernel["name"] for kernel in kernels}
     assert [(k["name"], k["spill_bytes"]) for k in kernels if k["spill_bytes"] > 64] == []
     assert all(k["shared_bytes"] <= 49152 for k in kernels)
