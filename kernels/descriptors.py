@@ -20,6 +20,12 @@ def describable(tensor: torch.Tensor) -> bool:
     )
 
 
+def describable_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [..., K] as a matrix [tokens, K] that the hardware takes a descriptor of; copied where it must be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if describable(rows) else rows.clone(memory_format=torch.contiguous_format)
+
+
 def describe(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     """A descriptor of boxes of that shape; elements outside the tensor read 0 and are not written."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)

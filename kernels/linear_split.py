@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig
-from tetris.kernels.descriptors import describable, describe
+from tetris.kernels.descriptors import describable_rows, describe
 from tetris.kernels.epilogue import add_bias, scale_rows, store_rows
 from tetris.kernels.split_schedule import HEAD_FIELDS, make_split_schedule
 from tetris.kernels.widen import widen
@@ -136,9 +136,7 @@ def block_sparse_linear(
 
     if input_permutation is not None:
         x = permute_channels(x, input_permutation, dim=-1)
-    rows = x.reshape(-1, x.shape[-1])
-    if not describable(rows):
-        rows = rows.clone(memory_format=torch.contiguous_format)
+    rows = describable_rows(x)
     tokens = rows.shape[0]
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
     output = y.view(*x.shape[:-1], out_features)

@@ -52,6 +52,17 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
     return None
 
 
+def refuse_permutations(
+    x: torch.Tensor, input_permutation: torch.Tensor | None, output_permutation: torch.Tensor | None
+) -> None:
+    """Raise UnsupportedError where a permutation is given to a kernel that moves whole tiles."""
+    if input_permutation is not None or output_permutation is not None:
+        raise UnsupportedError(
+            f"hopper linear: wanted no permutations, it moves whole tiles; got them for x {describe(x)}; permute "
+            "before and after, fold them into the neighbouring layers, or use the portable kernel"
+        )
+
+
 def block_sparse_linear(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -82,17 +93,11 @@ def block_sparse_linear(
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from tetris.kernels.descriptors import describable
+    from tetris.kernels.descriptors import describable_rows
     from tetris.kernels.hopper.linear_device import block_sparse_linear_kernel
 
-    if input_permutation is not None or output_permutation is not None:
-        raise UnsupportedError(
-            f"hopper linear: wanted no permutations, it moves whole tiles; got them for x {describe(x)}; permute "
-            "before and after, fold them into the neighbouring layers, or use the portable kernel"
-        )
-    x2 = x.reshape(-1, x.shape[-1])
-    if not describable(x2):
-        x2 = x2.clone(memory_format=torch.contiguous_format)
+    refuse_permutations(x, input_permutation, output_permutation)
+    x2 = describable_rows(x)
     tokens = x2.shape[0]
     block_out, block_in = values.shape[-2:]
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)

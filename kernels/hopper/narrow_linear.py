@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
-from tetris.kernels.hopper.linear import ITEM_SIZE
+from tetris.kernels.hopper.linear import ITEM_SIZE, refuse_permutations
 from tetris.kernels.hopper.linear import supports as linear_supports
 from tetris.kernels.hopper.linear_schedule import STRIP
 from tetris.kernels.hopper.narrow_linear_schedule import (
@@ -70,17 +69,11 @@ def block_sparse_linear(
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from tetris.kernels.descriptors import describable
+    from tetris.kernels.descriptors import describable_rows
     from tetris.kernels.hopper.narrow_linear_device import narrow_block_sparse_linear_kernel
 
-    if input_permutation is not None or output_permutation is not None:
-        raise UnsupportedError(
-            f"hopper linear: wanted no permutations, it moves whole tiles; got them for x {describe(x)}; permute "
-            "before and after, fold them into the neighbouring layers, or use the portable kernel"
-        )
-    x2 = x.reshape(-1, x.shape[-1])
-    if not describable(x2):
-        x2 = x2.clone(memory_format=torch.contiguous_format)
+    refuse_permutations(x, input_permutation, output_permutation)
+    x2 = describable_rows(x)
     tokens = x2.shape[0]
     block = (values.shape[-2], values.shape[-1])
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
