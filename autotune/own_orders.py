@@ -4,7 +4,9 @@ Sharing one permutation among all layers of a channel group moves nothing at run
 one of a group the others are *folded* into its order, with several it is *shared*. A layer whose own order of inputs or
 outputs retains more importance may have it instead: *grouped*, in whole groups of 8 channels that the convolution's
 store moves on its way, or *separate*, by a kernel of its own. It is worth that where, at equal retained importance, the
-blocks that it can prune more save more time than the movement takes.
+blocks that it can prune more would save more time than the movement takes. But they are not pruned: the layer keeps the
+sparsity that was asked for, retains more, and the movement makes the network slower. So all movements together may take
+MOVED_SHARE of the layers' time, and :mod:`tetris.autotune.never_slower` looks again at the network as a whole.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from tetris.specs import prunable_layers
 
 MARGIN = 0.02
 """An own order must save this fraction of the layer's time beyond its cost; less is within the noise."""
+MOVED_SHARE = 0.01
+"""Of the layers' time, what all movements of a network together may take."""
 OUTPUT, INPUT = 0, 1
 """A weight's dimensions."""
 
@@ -54,8 +58,7 @@ class OwnOrder:
         dim: OUTPUT or INPUT.
         kind: GROUPED or SEPARATE.
         retained: importance kept with it at the layer's sparsity.
-        saved_us: at most; the layer's time times the share of its blocks that it no longer needs to retain what it
-            retains in the shared order.
+        saved_us: at most, by the blocks that it no longer needs to retain what it retains in the shared order.
         cost_us: of the data movement.
     """
 
@@ -81,6 +84,42 @@ def best_order(options: Sequence[OwnOrder], layer_us: float, margin: float = MAR
     return best if best is not None and best.gain_us > margin * layer_us else None
 
 
+def saved_us(layer: LayerPlan, needed: float) -> float:
+    """What a measured layer's time would fall by with ``needed`` of its blocks instead of those that it keeps.
+
+    At most in proportion to them, and at most along the line from the dense layer, which has all of them: a part of
+    the time is not theirs.
+    """
+    assert layer.chosen is not None
+    kept, time_us = layer.kept_fraction, layer.chosen.time_us
+    fewer = max(0.0, kept - needed)
+    if layer.dense is None or kept >= 1.0:
+        return time_us * fewer / kept
+    return fewer * max(0.0, min(time_us / kept, (layer.dense.time_us - time_us) / (1.0 - kept)))
+
+
+def within_share(plan: ModelPlan, options: Mapping[str, Sequence[OwnOrder]], share: float = MOVED_SHARE) -> ModelPlan:
+    """The plan with own orders: those that gain most first, as long as all movements take ``share`` of its time.
+
+    Args:
+        plan: measured; its layers' chosen times are what the share is of.
+        options: the own orders that each layer may have.
+    """
+    left = share * plan.planned_us
+
+    def most(name: str) -> float:
+        return max((option.gain_us for option in options[name]), default=0.0)
+
+    for name in sorted(options, key=most, reverse=True):
+        layer = plan[name]
+        assert layer.chosen is not None
+        chosen = best_order([option for option in options[name] if option.cost_us <= left], layer.chosen.time_us)
+        if chosen is not None:
+            left -= chosen.cost_us
+            plan = plan.with_layer(with_order(layer, chosen))
+    return plan
+
+
 def with_order(layer: LayerPlan, chosen: OwnOrder | None) -> LayerPlan:
     """The layer's plan with an own order, which its reason explains."""
     if chosen is None:
@@ -91,7 +130,7 @@ def with_order(layer: LayerPlan, chosen: OwnOrder | None) -> LayerPlan:
 
 @dataclass(frozen=True)
 class OrderChooser:
-    """Decides for pruned layers.
+    """Looks for own orders of pruned layers.
 
     Attributes:
         move_time: what a movement takes.
@@ -107,11 +146,11 @@ class OrderChooser:
     stores_groups: StoresGroups = lambda plan, layer, x, epilogue: False
     seed: int = 0
 
-    def decide(
+    def options(
         self, plan: LayerPlan, layer: DenseLayer, x: LayerInput, shared: Reordering, epilogue: Epilogue,
         fixed_output: bool,
-    ) -> LayerPlan:  # fmt: skip
-        """The layer's plan, with an own order where that gains.
+    ) -> list[OwnOrder]:  # fmt: skip
+        """The own orders that a layer may have, and what each would save and cost; none if it is not pruned.
 
         Args:
             plan: pruned, measured.
@@ -122,20 +161,18 @@ class OrderChooser:
             fixed_output: whether its outputs keep the original order otherwise.
         """
         if plan.chosen is None or plan.sparsity == 0.0:
-            return plan
+            return []
         scores = channel_importance(importance_of(layer.weight.detach(), self.importance))
         moved_out = self.move_time(output_shape(layer, x, epilogue.max_pool)) * (2 if epilogue.residual else 1)
         kinds = [(INPUT, SEPARATE, self.move_time(x.shape)), (OUTPUT, SEPARATE, moved_out)]
         if fixed_output and self.stores_groups(plan, layer, x, epilogue):
             kinds.append((OUTPUT, GROUPED, 0.0))
-        options = [self._option(plan, scores, shared, *kind) for kind in kinds]
-        return with_order(plan, best_order(options, plan.chosen.time_us))
+        return [self._option(plan, scores, shared, *kind) for kind in kinds]
 
     def _option(
         self, plan: LayerPlan, scores: torch.Tensor, shared: Reordering, dim: int, kind: str, cost: float
     ) -> OwnOrder:
         """Search the order along ``dim`` alone, the other dimension in the shared one."""
-        assert plan.chosen is not None
         repeats = GROUP if kind == GROUPED else 1
         other = {1 - dim: shared.permutations[1 - dim]} if 1 - dim in shared.permutations else {}
         problem = JointProblem(
@@ -146,8 +183,7 @@ class OrderChooser:
         order = expand(found.permutations["own"], repeats)
         blocks = ReorderedBlocks.of_scores(scores, replace(shared, permutations={**other, dim: order}))
         needed = 1.0 - blocks.sparsity_retaining(shared.retained)
-        saved = plan.chosen.time_us * max(0.0, 1.0 - needed / plan.kept_fraction)
-        return OwnOrder(dim, kind, found.retained[0], saved, cost)
+        return OwnOrder(dim, kind, found.retained[0], saved_us(plan, needed), cost)
 
 
 def own_orders(
@@ -163,12 +199,12 @@ def own_orders(
     except UnsupportedError:
         return plan
     pruned = prune(model, plan=plan, method=chooser.method, example_inputs=example_inputs, seed=chooser.seed)
-    layers = prunable_layers(model)
+    layers, options = prunable_layers(model), {}
     for name, shared in reorderings(pruned).items():
         fixed = any(graph.groups[group].fixed for group in graph.outputs[name].groups)
         epilogue = epilogues.get(name, Epilogue())
-        plan = plan.with_layer(chooser.decide(plan[name], layers[name], inputs[name], shared, epilogue, fixed))
-    return plan
+        options[name] = chooser.options(plan[name], layers[name], inputs[name], shared, epilogue, fixed)
+    return within_share(plan, {name: found for name, found in options.items() if found})
 
 
 def stores_groups(plan: LayerPlan, layer: DenseLayer, x: LayerInput, epilogue: Epilogue) -> bool:

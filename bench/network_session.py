@@ -123,16 +123,18 @@ class Session:
         """Plan layer by layer, then run the network, and give up layers while it is slower as a whole."""
         chosen = self.plan()
         self.rows = layers = self.layer_rows(chosen)
+        measured = {}
         self.note(f"{self.name}: planned")
         print(chosen, flush=True)
 
         def end_to_end(plan: ModelPlan) -> EndToEnd:
             whole = self.network_rows(*self.convert(plan), plan)
-            self.rows = [*layers, *whole]
+            self.rows = measured[plan.layers] = [*layers, *whole]
             self.note(f"{self.name}: timed")
             return self.fastest(whole)
 
         final = never_slower(chosen, end_to_end)
+        self.rows = list(measured.get(final.layers, self.rows))
         if not final.blocks:
             why = str(final.end_to_end.note if final.end_to_end else "the plan keeps every layer dense")
             self.rows.append(self.row("tetris as planned", status=f"skipped: {why}", extra=self.columns()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tetris.autotune.never_slower import gain_us, never_slower
 from tetris.errors import FileFormatError
-from tetris.plans import Candidate, EndToEnd, LayerPlan, ModelPlan
+from tetris.plans import GROUPED, SEPARATE, SHARED, Candidate, EndToEnd, LayerPlan, ModelPlan
 
 BLOCK = (64, 32)
 
@@ -63,6 +65,27 @@ def test_all_dense_where_nothing_helps() -> None:
 def test_a_dense_plan_is_not_measured() -> None:
     dense = ModelPlan((layer("a", 200, None),))
     assert never_slower(dense, Recorded({})) is dense
+
+
+def test_movements_at_run_time_must_not_show_in_the_whole_network() -> None:
+    own = replace(PLAN["a"], input_order=SEPARATE, output_order=GROUPED)
+    plan = PLAN.with_layer(own)
+
+    def measured(moving_us: float, still_us: float) -> tuple[ModelPlan, list[str]]:
+        asked = []
+
+        def measure(plan: ModelPlan) -> EndToEnd:
+            asked.append(plan["a"].input_order)
+            return EndToEnd("compile", 1000.0, moving_us if asked[-1] == SEPARATE else still_us)
+
+        return never_slower(plan, measure), asked
+
+    found, asked = measured(2448.0 / 7.0, 2261.0 / 7.0)
+    assert asked == [SEPARATE, SHARED] and found["a"].input_order == SHARED
+    assert found["a"].output_order == GROUPED and found["a"].reason.endswith("the network as a whole is slower with it")
+    assert found.end_to_end == EndToEnd("compile", 1000.0, 2261.0 / 7.0)
+    kept, asked = measured(402.0, 400.0)
+    assert kept.layers == plan.layers and kept.end_to_end.converted_us == 402.0 and len(asked) == 2
 
 
 def test_choices_by_hand_go_last() -> None:

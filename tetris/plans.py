@@ -129,6 +129,13 @@ class LayerPlan:
         found = replace(self, block=block, sparsity=sparsity if block else 0.0, reason=reason)
         return found if block else replace(found, output_order=SHARED, input_order=SHARED)
 
+    def without_movements(self) -> LayerPlan:
+        """The same choice with shared orders in the place of separate ones: nothing is moved at run time."""
+        output_order, input_order = (
+            SHARED if order == SEPARATE else order for order in (self.output_order, self.input_order)
+        )
+        return replace(self, output_order=output_order, input_order=input_order)
+
 
 @dataclass(frozen=True)
 class EndToEnd:
