@@ -58,6 +58,7 @@ def plan(
     seed: int = 0,
     permutations: str = "auto",
     whole: str | None = "auto",
+    epilogues: Mapping[str, Epilogue] | None = None,
     progress: Progress | None = None,
 ) -> ModelPlan:
     """Decide block and sparsity of every layer from measurements.
@@ -87,6 +88,8 @@ def plan(
         whole: how to run the whole network, dense and converted, for the last check: "eager", "graph" (CUDA graph),
             "compile" (with a CUDA graph on a GPU), "auto" (compile on a GPU, else eager) or None to leave it out.
             While the converted network is slower, the layers that gain least go back to dense, and the plan says so.
+        epilogues: what conversion fuses behind each layer, where :func:`fused_epilogues` was asked before, which takes
+            seconds for a large model; None asks it.
         progress: called as ``progress(layer, layers done, layers in all)``.
     Returns:
         a ModelPlan; ``print`` it. A layer on which no block beats the dense one by 2 % stays dense, and the converted
@@ -110,8 +113,9 @@ def plan(
     timer = LayerTimer(None, method, importance, where, store or TuningStore(), repeats, seconds_per_layer, seed)
     candidates = match(blocks, list(layers), "blocks") if isinstance(blocks, Mapping) else dict.fromkeys(layers, blocks)
     on_gpu = where.type == "cuda"
-    asked = [name for name, layer in layers.items() if name in rates or (on_gpu and worth_pruning(layer.weight.shape))]
-    epilogues = fused_epilogues(model, example_inputs, asked)
+    if epilogues is None:
+        asked = [n for n, layer in layers.items() if n in rates or (on_gpu and worth_pruning(layer.weight.shape))]
+        epilogues = fused_epilogues(model, example_inputs, asked)
     unpruned = UnprunedLayers(timer)
     plans = []
     names = [*inputs, *(name for name in layers if name not in inputs)]

@@ -148,7 +148,7 @@ class Session:
             return ModelPlan.load(args.plans / f"{self.case.name}_b{self.batch}.json")
         return plan(
             self.model, self.x, self.case.sparsity, self.blocks(), args.method, repeats=args.repeats, whole=None,
-            seconds_per_layer=args.seconds_per_layer,
+            seconds_per_layer=args.seconds_per_layer, epilogues=self.dense.epilogues,
         )  # fmt: skip
 
     def convert(self, chosen: ModelPlan) -> tuple[nn.Module, float]:

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from tetris.autotune import planner
 from tetris.autotune.ceilings import Ceilings
+from tetris.autotune.measure import Measured
 from tetris.autotune.problems import LayerInput
+from tetris.bench import network_session
 from tetris.bench.__main__ import bench_names, main, results_folder
 from tetris.bench.cases import VGG16_CONVS, VGG16_MODULES
 from tetris.bench.network_bench import others
@@ -35,6 +38,18 @@ def test_a_whole_run_writes_rows_and_plans(tmp_path, capsys: pytest.CaptureFixtu
     else:
         assert whole[0].status.startswith("skipped")
     assert "small-mlp b64" in capsys.readouterr().out
+
+
+def test_what_conversion_fuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, plans = [], []
+    ask = network_session.fused_epilogues
+    for module in (network_session, planner):
+        monkeypatch.setattr(module, "fused_epilogues", lambda *given: asked.append(given[2]) or ask(*given))
+    monkeypatch.setattr(planner.LayerTimer, "measure", lambda *given: plans.append(given[4]) or Measured((), ()))
+    dense = Dense.of(NETWORKS["small-mlp"], "cpu", torch.float32, "none")
+    args = argparse.Namespace(device="cpu", blocks=None, plans=None, method="sort", repeats=1, seconds_per_layer=0.1)
+    Session(NETWORKS["small-mlp"], dense, 4, torch.float32, Ceilings(1e10, 1e10), args).plan()
+    assert len(asked) == 1 and plans == [dense.epilogues[name] for name in ("fc1", "fc2")]
 
 
 def test_vgg16_is_pruned_at_the_papers_rates() -> None:
