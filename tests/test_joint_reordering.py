@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -54,6 +56,43 @@ def test_retained_is_what_the_permuted_weights_keep(method):
         assert torch.equal(permutation.sort().values, torch.arange(len(permutation)))
     for problem, mask, retained in zip(problems, r.block_masks, r.retained):
         assert kept(problem, mask, r.permutations) == pytest.approx(retained)
+
+
+def apart() -> list[JointProblem]:
+    """Three weights that share nothing, one of them reorderable along its columns only."""
+    shapes = ((24, 18), (40, 24), (18, 32))
+    groups = ((("a", 0), ("a", 1)), (("b", 0), ("b", 1)), (None, ("c", 1)))
+    return [JointProblem(importance(s, i), (4, 6), 0.6, g) for i, (s, g) in enumerate(zip(shapes, groups))]
+
+
+@pytest.mark.parametrize("method", ["sort", "paper", "batched", "exact", "annealed"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_that_share_nothing_are_searched_as_if_alone(method, where):
+    problems = [dataclasses.replace(p, importance=p.importance.to(where)) for p in apart()]
+    together = reorder_jointly(problems, method, steps=6, seed=4)
+    swaps = 0
+    for index, problem in enumerate(problems):
+        alone = reorder_jointly([problem], method, steps=6, seed=4)
+        assert together.retained[index] == pytest.approx(alone.retained[0], rel=1e-12)
+        for key, permutation in alone.permutations.items():
+            assert torch.equal(together.permutations[key], permutation)
+        swaps += alone.n_swaps
+    assert together.n_swaps == swaps
+
+
+def test_progress_is_that_of_all_weights():
+    seen: list[float] = []
+    found = reorder_jointly(apart(), "paper", progress=lambda step, retained: seen.append(retained))
+    assert seen == sorted(seen) and len(seen) > 2
+    kept = sum(r * float(p.importance.sum()) for r, p in zip(found.retained, apart()))
+    assert seen[-1] == pytest.approx(kept / sum(float(p.importance.sum()) for p in apart()))
+
+
+def test_a_fixed_weight_among_others_counts():
+    problems = [dataclasses.replace(apart()[0], groups=(None, None)), apart()[1]]
+    seen: list[float] = []
+    found = reorder_jointly(problems, "annealed", steps=3, progress=lambda step, retained: seen.append(retained))
+    assert set(found.permutations) == {("b", 0), ("b", 1)} and 0 < seen[-1] < 1
 
 
 def test_all_weights_together_gain():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from tests.support.fake_gpu import on_gpu
 from tetris.errors import UnsupportedError
-from tetris.search import annealing, batched, greedy, sums, transport
-from tetris.search.alternation import _alternate_by_replay, alternate
-from tetris.search.annealing import NOISE, anneal, soft_mask
+from tetris.search import alternation, annealing, batched, greedy, sums, transport
+from tetris.search.alternation import Alternation, alternate
+from tetris.search.annealing import NOISE, Schedule, anneal, soft_mask
+from tetris.search.lanes import Lanes
 from tetris.search.partition import Partition
 from tetris.search.replay import Replayed
 from tetris.search.system import BlockProblem, System
@@ -133,9 +135,8 @@ def test_replayed_steps_cool_down_and_count(monkeypatch: pytest.MonkeyPatch) -> 
     matrix = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).abs()
     system = System([BlockProblem(matrix, (8, 8), 6)])
     keys, seen = list(system.partitions), []
-    draws = torch.Generator().manual_seed(0)
     before = system.retained(system.expectation()[1])
-    annealing._anneal_by_replay(system, keys, 40, 0, 0.5, draws, lambda step, kept: seen.append((step, kept)))
+    annealing._anneal_by_replay(system, keys, Schedule(40), lambda step, kept: seen.append((step, kept)))
     assert [step for step, _ in seen] == list(range(2, 40, 2))
     assert system.retained(system.expectation()[1]) == pytest.approx(seen[-1][1], rel=0.1)
     assert seen[-1][1] > before
@@ -150,15 +151,61 @@ def test_a_replayed_alternation_is_the_alternation(monkeypatch: pytest.MonkeyPat
     here, there = (System([BlockProblem(matrix, (8, 8), 9)]) for _ in range(2))
     seen: list[list[float]] = [[], []]
     swaps = alternate(here, [0, 1], greedy.greedy, progress=lambda step, kept: seen[0].append(kept))
-    replayed = _alternate_by_replay(there, [0, 1], greedy.greedy, lambda step, kept: seen[1].append(kept))
+    monkeypatch.setattr(alternation, "_is_plain", lambda part: True)
+    replayed = Alternation(there, [0, 1], greedy.greedy).run(lambda step, kept: seen[1].append(kept))
     assert replayed == swaps > 0 and seen[0] == seen[1] and len(seen[0]) > 3
     for key in (0, 1):
         assert torch.equal(here.partitions[key].order, there.partitions[key].order)
 
 
+def test_replays_of_independent_systems_are_those_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replayed, "_capture", lambda self: Replays(self._step))
+    monkeypatch.setattr(alternation, "_is_plain", lambda part: True)
+    generator = torch.Generator().manual_seed(0)
+    problems = [
+        BlockProblem(torch.rand(shape, generator=generator).double(), (8, 8), 9, ((name, 0), (name, 1)))
+        for name, shape in (("a", (40, 48)), ("b", (32, 64)))
+    ]
+
+    def searched(problems: list[BlockProblem]) -> tuple[int, dict]:
+        system = System(problems)
+        keys = list(system.partitions)
+        annealing._anneal_by_replay(system, keys, Schedule(8), None)
+        search = Alternation(system, keys, greedy.greedy)
+        return search.run() + search.run(), system.snapshot()
+
+    swaps, orders = searched(problems)
+    alone = [searched([problem]) for problem in problems]
+    assert swaps == sum(count for count, _ in alone) > 0
+    assert all(torch.equal(order, orders[key]) for _, found in alone for key, order in found.items())
+
+
+def test_lanes_share_the_tasks_fairly(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name) -> None:
+            self.name, self.device = str(name), name
+
+        def wait_stream(self, other) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    names, here = iter("bc"), Stream("a")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: log.append(stream.name) or nullcontext())
+    side_by_side = Lanes([1, 9, 4, 4], torch.device("cuda"), most=3)
+    side_by_side([lambda i=i: log.append(f"task {i}") for i in range(4)])
+    assert log[:2] == ["b waits for a", "c waits for a"] and log[-2:] == ["a waits for b", "a waits for c"]
+    assert log[2:-2] == ["b", "task 0", "a", "task 1", "b", "task 2", "c", "task 3"]
+    log.clear()
+    Lanes([1, 2], torch.device("cpu"))([lambda: log.append("one"), lambda: log.append("other")])
+    assert log == ["one", "other"]
+
+
 def test_annealing_without_partitions_makes_no_step() -> None:
     system = System([BlockProblem(torch.ones(8, 8), (4, 4), 2)])
-    assert anneal(system, [], 5, seed=0) == 0
+    assert anneal(system, [], Schedule(5)) == 0
 
 
 def test_processors_are_the_driver_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
+from tetris.search.lanes import Lanes
 from tetris.search.partition import Partition
 from tetris.search.replay import Replayed
-from tetris.search.system import Key, System
+from tetris.search.system import Key, Part, System
 
 MStep = Callable[[torch.Tensor, Partition], "int | torch.Tensor"]
 """Improves a partition for given values [n, R] in place; returns how many swaps (or moves) that took, on a GPU perhaps
@@ -36,6 +38,89 @@ class Budget:
         return self.seconds is not None and self.elapsed >= self.seconds
 
 
+class Alternation:
+    """E- and M-steps in turn until the kept importance stops rising; it may be run again from other permutations.
+
+    Problems that share no permutation are searched side by side, each until its own end. On a GPU an iteration is
+    captured once and replayed, and only its E-step is waited for.
+    """
+
+    def __init__(self, system: System, keys: Sequence[Key], m_step: MStep, budget: Budget | None = None) -> None:
+        """
+        Args:
+            system: its partitions change in place.
+            keys: the reorderable dimensions (Omega), in the order of their M-steps.
+            m_step: improves one partition for given values.
+        """
+        self._system, self._m_step, self._budget = system, m_step, budget or Budget()
+        everything = system.parts(keys)
+        self._parts = [part for part in everything if part.keys]
+        self._fixed = [part for part in everything if not part.keys]
+        device = system.problems[0].matrix.device
+        self._replayed: Replayed | None = None
+        if self._budget.seconds is None and self._parts and all(_is_plain(part) for part in self._parts):
+            self._lanes = Lanes([float(part.system.size) for part in self._parts], device)
+            self._swaps = torch.zeros(len(self._parts), dtype=torch.int64, device=device)
+            self._kept = torch.zeros(len(self._parts), dtype=torch.float64, device=device)
+            self._replayed = Replayed(self._iteration)
+
+    def run(self, progress: Progress | None = None) -> int:
+        """Returns the number of swaps of all M-steps."""
+        fixed = sum(part.system.expectation()[1] for part in self._fixed) if progress is not None else 0.0
+
+        def report(step: int, kept: Sequence[float]) -> None:
+            if progress is not None:
+                progress(step, self._system.retained(fixed + sum(kept)))
+
+        return self._run(report) if self._replayed is None else self._replay(self._replayed, report)
+
+    def _run(self, report: Callable[[int, Sequence[float]], None]) -> int:
+        swaps: int | torch.Tensor = 0
+        kept, best, step = [0.0] * len(self._parts), [-1.0] * len(self._parts), 0
+        rising = list(range(len(self._parts)))
+        while True:
+            masks = {}
+            for i in rising:
+                masks[i], kept[i] = self._parts[i].system.expectation()
+            report(step, kept)
+            rising = [i for i in rising if kept[i] > best[i]]
+            if not rising or self._budget.spent:
+                return int(swaps)
+            step += 1
+            for i in rising:
+                best[i] = kept[i]
+                for key in self._parts[i].keys:
+                    swaps = swaps + improve(self._parts[i].system, key, masks[i], self._m_step)
+                    if self._budget.spent:
+                        return int(swaps)
+
+    def _replay(self, iteration: Replayed, report: Callable[[int, Sequence[float]], None]) -> int:
+        """The same on a GPU. The last iteration changes nothing: its E-steps are those of the one before."""
+        self._swaps.zero_()
+        best, step = [-1.0] * len(self._parts), 0
+        while True:
+            iteration()
+            kept = self._kept.tolist()  # before this iteration's M-steps
+            report(step, kept)
+            if all(now <= before for now, before in zip(kept, best)):
+                for part in self._parts:
+                    part.system.forget()
+                self._system.forget()
+                return int(self._swaps.sum())
+            best, step = [max(pair) for pair in zip(kept, best)], step + 1
+
+    def _iteration(self) -> None:
+        self._lanes([partial(self._iteration_of, i) for i in range(len(self._parts))])
+
+    def _iteration_of(self, i: int) -> None:
+        system, keys = self._parts[i]
+        system.forget()  # a replay must not read what an earlier one left
+        masks, now = system.heaviest_blocks()
+        self._kept[i].copy_(now)
+        for key in keys:
+            self._swaps[i].add_(improve(system, key, masks, self._m_step))
+
+
 def alternate(
     system: System,
     keys: Sequence[Key],
@@ -43,62 +128,15 @@ def alternate(
     budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Alternate E- and M-steps until the kept importance stops rising. On a GPU only an E-step is waited for.
-
-    Args:
-        system: its partitions change in place.
-        keys: the reorderable dimensions (Omega), in the order of their M-steps.
-        m_step: improves one partition for given values.
-    Returns:
-        the number of swaps of all M-steps.
-    """
-    budget = budget or Budget()
-    if budget.seconds is None and _is_plain(system, keys):
-        return _alternate_by_replay(system, keys, m_step, progress)
-    swaps: int | torch.Tensor = 0
-    step, best = 0, -1.0
-    while True:
-        masks, kept = system.expectation()
-        if progress is not None:
-            progress(step, system.retained(kept))
-        if kept <= best or budget.spent:
-            return int(swaps)
-        best, step = kept, step + 1
-        for key in keys:
-            swaps = swaps + improve(system, key, masks, m_step)
-            if budget.spent:
-                return int(swaps)
+    """Run an :class:`Alternation` once; returns the number of swaps."""
+    return Alternation(system, keys, m_step, budget).run(progress)
 
 
-def _is_plain(system: System, keys: Sequence[Key]) -> bool:
+def _is_plain(part: Part) -> bool:
     """Whether all is on a GPU and each partition has blocks of one size and serves every matrix once."""
+    system, keys = part
     uniform = all(system.partitions[key].edge is not None and not system.shares_itself(key) for key in keys)
-    return system.problems[0].matrix.is_cuda and bool(keys) and uniform
-
-
-def _alternate_by_replay(system: System, keys: Sequence[Key], m_step: MStep, progress: Progress | None) -> int:
-    """The same on a GPU, every iteration a replay of the second one."""
-    device = system.problems[0].matrix.device
-    swaps = torch.zeros((), dtype=torch.int64, device=device)
-    kept = torch.zeros((), dtype=torch.float64, device=device)
-
-    def iteration() -> None:
-        system.forget()  # a replay must not read what an earlier one left
-        masks, now = system.heaviest_blocks()
-        kept.copy_(now)
-        for key in keys:
-            swaps.add_(improve(system, key, masks, m_step))
-
-    replayed, step, best = Replayed(iteration), 0, -1.0
-    while True:
-        replayed()
-        now = float(kept)  # before this iteration's M-steps, which change nothing where it has not risen
-        if progress is not None:
-            progress(step, system.retained(now))
-        if now <= best:
-            system.forget()
-            return int(swaps)
-        best, step = now, step + 1
+    return system.problems[0].matrix.is_cuda and uniform
 
 
 def improve(system: System, key: Key, masks: list[torch.Tensor], m_step: MStep) -> int | torch.Tensor:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from tetris.errors import TetrisError, describe
-from tetris.search.alternation import Budget, Progress, alternate
-from tetris.search.annealing import HOTTEST, WARM, anneal, annealing
+from tetris.search.alternation import Alternation, Budget, Progress, alternate
+from tetris.search.annealing import WARM, Schedule, anneal, annealing
 from tetris.search.batched import batched as split_pairs
 from tetris.search.greedy import greedy
-from tetris.search.system import Key, System
+from tetris.search.system import Key, Part, System
 from tetris.search.transport import certify
 from tetris.search.transport import exact as solve_exactly
 
@@ -95,22 +95,42 @@ def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     The last M-steps are exact, unless a dimension has more than 256 groups: there they would take longer than the
     annealing and add less than a thousandth.
     """
-    large = any(system.partitions[key].n_groups > _LARGE for key in keys)
-    steps, seed, budget, progress = options.steps, options.seed, options.budget, options.progress
-    to_beat = system.twin()
+    budget, progress = options.budget, options.progress
+    hard = Alternation(system, keys, greedy, budget)
     if options.warm:
-        swaps = alternate(to_beat, keys, greedy, budget)
-        system.restore(to_beat.snapshot())
-        anneal(system, keys, steps, seed, WARM, False, budget, progress)
+        swaps = hard.run()
+        to_beat = _found(system, keys)
+        anneal(system, keys, Schedule(options.steps, options.seed, WARM, shuffle=False), budget, progress)
     else:
-        with annealing(system, keys, steps, seed, HOTTEST, True, budget, progress):
-            swaps = alternate(to_beat, keys, greedy, budget)
-    swaps += alternate(system, keys, greedy, budget)
-    if not large:
-        swaps += alternate(system, keys, solve_exactly, budget)
-    if system.expectation()[1] < to_beat.expectation()[1]:
-        system.restore(to_beat.snapshot())
+        beside = system.twin()
+        with annealing(beside, keys, Schedule(options.steps, options.seed), budget, progress):
+            swaps = hard.run()
+        to_beat = _found(system, keys)
+        system.restore(beside.snapshot())
+    swaps += hard.run()
+    parts = system.parts(keys)
+    small = [key for part in parts if _is_small(part) for key in part.keys]
+    swaps += Alternation(system, small, solve_exactly, budget).run()
+    kept = _kept(parts)
+    for part, (orders, before), now in zip(parts, to_beat, kept):
+        if now < before:
+            part.system.restore(orders)
     return Outcome(swaps)
+
+
+def _is_small(part: Part) -> bool:
+    return all(part.system.partitions[key].n_groups <= _LARGE for key in part.keys)
+
+
+def _kept(parts: list[Part]) -> list[float]:
+    """What the heaviest blocks of every part keep; a GPU is waited for once."""
+    return torch.stack([part.system.heaviest_blocks()[1] for part in parts]).tolist()
+
+
+def _found(system: System, keys: Sequence[Key]) -> list[tuple[dict[Key, torch.Tensor], float]]:
+    """The orders of every part and what they keep."""
+    parts = system.parts(keys)
+    return [(part.system.snapshot(), kept) for part, kept in zip(parts, _kept(parts))]
 
 
 METHODS: dict[str, Method] = {

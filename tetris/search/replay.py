@@ -5,7 +5,7 @@ A search of a small layer is a chain of short kernels: launching one takes the h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,9 +16,9 @@ class Replayed:
     What differs from time to time must lie in tensors that live longer than the step.
     """
 
-    def __init__(self, step: Callable[[], None], generator: torch.Generator | None = None) -> None:
-        """``generator``: on the GPU; the step's source of random numbers, if any."""
-        self._step, self._generator = step, generator
+    def __init__(self, step: Callable[[], None], generators: Sequence[torch.Generator] = ()) -> None:
+        """``generators``: on the GPU; the step's sources of random numbers."""
+        self._step, self._generators = step, generators
         self._launched = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -34,8 +34,8 @@ class Replayed:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Like ``torch.cuda.graph`` without its garbage collection, which takes 0.1 s."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        if self._generator is not None:
-            graph.register_generator_state(self._generator)
+        for generator in self._generators:
+            graph.register_generator_state(generator)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")

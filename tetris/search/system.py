@@ -7,7 +7,7 @@ consumers' inputs) name the same key: their M-step values add (eq. 9 is a sum), 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,13 @@ class Concatenation:
     """
 
     parts: tuple[tuple[Key | None, int], ...]
+
+
+class Part(NamedTuple):
+    """Problems that share permutations with no others, as a system, and those of its keys that are to be searched."""
+
+    system: System
+    keys: list[Key]
 
 
 class Use(NamedTuple):
@@ -96,13 +103,50 @@ class System:
         for key in dict.fromkeys(key for key, _ in parts if key is not None):
             self.partitions[key] = self._partition(key, (orders or {}).get(key))
             self._versions[key] = 0
-        self.total = sum(total_of(problem.matrix) for problem in problems)
+        self._totals = [total_of(problem.matrix) for problem in problems]
+
+    @property
+    def size(self) -> int:
+        """Entries of all matrices."""
+        return sum(problem.matrix.numel() for problem in self.problems)
+
+    @property
+    def total(self) -> float:
+        """The importance of all entries of all matrices."""
+        return sum(self._totals)
 
     def twin(self) -> System:
         """A system of the same problems that starts from the same permutations and goes its own way."""
         other = copy.copy(self)
         other.partitions = {key: partition.twin() for key, partition in self.partitions.items()}
         other._versions, other._sums = dict(self._versions), dict(self._sums)
+        return other
+
+    def parts(self, keys: Sequence[Key]) -> list[Part]:
+        """The systems of problems that ``keys`` or other shared keys tie together, in the order of their problems.
+
+        They order the same partitions: what a search of one changes, this system sees.
+        """
+        tied: list[tuple[set[Key], list[int]]] = []
+        for index, problem in enumerate(self.problems):
+            own = {key for dim in (0, 1) for key, _ in problem.parts(dim) if key is not None}
+            members, apart = [index], []
+            for others, indices in tied:
+                if own & others:
+                    own, members = own | others, indices + members
+                else:
+                    apart.append((others, indices))
+            tied = [*apart, (own, sorted(members))]
+        if len(tied) == 1:
+            return [Part(self, list(keys))]
+        tied.sort(key=lambda one: one[1])
+        return [Part(self._part(own, members), [key for key in keys if key in own]) for own, members in tied]
+
+    def _part(self, keys: set[Key], members: list[int]) -> System:
+        other = copy.copy(self)  # versions included: a change is one to both
+        other.problems = [self.problems[index] for index in members]
+        other.partitions = {key: partition for key, partition in self.partitions.items() if key in keys}
+        other._totals, other._sums = [self._totals[index] for index in members], {}
         return other
 
     def forget(self) -> None:
