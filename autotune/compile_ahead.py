@@ -25,13 +25,19 @@ MOST_WORKERS = 15
 """Each holds a GPU context and the operands of one layer."""
 JOB_SECONDS = 60.0
 """A job that takes longer hangs."""
+CLOSE_SECONDS = 10.0
+"""A killed process is gone by then, or never."""
 
 
 class Compiled(NamedTuple):
-    """The outcome of a job: "" or why it failed, and how long it took."""
+    """The outcome of a job: "" or why it failed, how long it took, and ``compile_job.PARTS`` of it.
+
+    To the parts the pool adds which of its "worker"s it was and when that was "started".
+    """
 
     reason: str
     seconds: float
+    parts: dict[str, float] | None = None
 
 
 LATE = Compiled("not compiled in time", 0.0)
@@ -48,6 +54,7 @@ class Worker:
         """Start the process; it imports while nobody waits."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
+        self.started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tetris.autotune.compile_job", self.device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -67,7 +74,8 @@ class Worker:
             process.stdin.flush()
             for line in process.stdout:
                 if line.startswith(ANSWER):
-                    return Compiled(*json.loads(line.removeprefix(ANSWER)))
+                    reason, taken, parts = json.loads(line.removeprefix(ANSWER))
+                    return Compiled(reason, taken, {"started": self.started, **parts})
                 said.append(line.strip())
         except BrokenPipeError:
             pass  # it died while idle: said below
@@ -99,15 +107,18 @@ class CompilePool:
         self._closed = False
         count = min(default_workers() if workers is None else workers, len(self.jobs))
         self._workers = [Worker(self.device) for _ in range(count)]
-        self._threads = [threading.Thread(target=self._work, args=[w], daemon=True) for w in self._workers]
+        works = enumerate(self._workers)
+        self._threads = [threading.Thread(target=self._work, args=[*work], daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self, number: int, worker: Worker) -> None:
         while not self._closed and (index := self.team.claim("job")) < len(self.jobs):
             done = worker.compile(self.jobs[index])
             if not self._closed:
+                done = done._replace(parts={"worker": number, **(done.parts or {})})
                 self.team.announce(f"job {index}", json.dumps(done))
+                self.team.tally("job", 1)
         worker.close()
 
     def results(
@@ -120,7 +131,7 @@ class CompilePool:
         names = [f"job {index}" for index in range(len(self.jobs))]
         end = time.monotonic() + seconds
         while not self.team.board.check(names) and time.monotonic() < end:
-            on_progress(sum(self.team.heard(name) is not None for name in names))
+            on_progress(self.team.tally("job"))
             time.sleep(TICK_SECONDS)
         texts = [self.team.heard(name) for name in names]
         return [LATE if text is None else Compiled(*json.loads(text)) for text in texts]
@@ -140,10 +151,12 @@ class CompilePool:
         return failures + ([f"some jobs were not compiled within {seconds:g} s"] if late else [])
 
     def close(self) -> None:
-        """Take no further job and end those under way."""
+        """Take no further job, end those under way, and wait until the processes have left the GPU."""
         self._closed = True
         for worker in self._workers:
             worker.process.kill()
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
 
 
 def default_workers() -> int:

@@ -1,12 +1,15 @@
 """One kernel to compile, described by plain data, and how a process compiles it: build the layer and run it once.
 
 ``python -m tetris.autotune.compile_job DEVICE`` is a worker of :mod:`tetris.autotune.compile_ahead`: it reads a job a
-line from standard input and answers each with a line on standard output.
+line from standard input and answers each with a line on standard output: the reason why it failed or "", the seconds it
+took, and what they went into (:data:`PARTS`).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -18,6 +21,7 @@ import torch
 
 from tetris.autotune.problems import Problem, SparseLayer
 from tetris.autotune.space import default_config
+from tetris.autotune.steps import Steps
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout, grid_shape
@@ -25,6 +29,17 @@ from tetris.tuned_choices import shipped_choice
 
 ANSWER = "compile_ahead:"
 """How a worker's answers begin; compilers print to standard output too."""
+PARTS = {
+    "ready": "when the worker had imported what it needs and opened the GPU",
+    "began": "when it took the job",
+    "layer": "making the layer and its input",
+    "launch": "schedule, compiling, loading and running",
+    "compiler": "Triton's part of the launch",
+    "kernels": "how many were compiled, not found in the cache",
+    "cpu": "processor seconds of the worker",
+    "children": "and of the assembler and C compiler that it started",
+}
+"""What an answer tells beside its seconds; times are those of ``time.monotonic``, which all processes share."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +80,36 @@ def distinct_kernels(jobs: Iterable[Job], device: DeviceInfo) -> list[Job]:
     """One job a kernel: jobs whose problems differ only in sizes that are not compiled in want the same one."""
     found: dict[object, Job] = {}
     for job in jobs:
-        problem = job.problem
-        shipped = shipped_choice(problem, device, job.max_pool)
-        default = shipped.config if shipped else default_config(problem, device, job.max_pool)
-        config = job.config or default.to_key()
-        geometry: tuple[object, ...] = ()
-        if isinstance(problem, Conv2dProblem):
-            geometry = problem.kernel_size, problem.stride, problem.padding, problem.dilation
-        epilogue = job.activation, job.max_pool, job.bias, job.residual
-        found.setdefault((problem.block, problem.dtype, geometry, config, epilogue), job)
+        found.setdefault(kernel_of(job, device), job)
     return list(found.values())
 
 
+def kernel_of(job: Job, device: DeviceInfo) -> tuple[object, ...]:
+    """Equal for jobs that most likely want the same kernel."""
+    problem, config = job.problem, job.config
+    if not config:
+        shipped = shipped_choice(problem, device, job.max_pool)
+        config = (shipped.config if shipped else default_config(problem, device, job.max_pool)).to_key()
+    geometry: tuple[object, ...] = ()
+    if isinstance(problem, Conv2dProblem):
+        geometry = problem.kernel_size, problem.stride, problem.padding, problem.dilation
+    return problem.block, problem.dtype, geometry, config, job.activation, job.max_pool, job.bias, job.residual
+
+
 @torch.no_grad()
-def run_once(job: Job, device: str) -> torch.Tensor:
+def run_once(job: Job, device: str, steps: Steps | None = None) -> torch.Tensor:
     """Run a layer of zeros for the job once: the launch compiles what is missing."""
-    layer, x = _layer_and_input(replace(job, config=""), device)
+    steps = steps or Steps()
+    with steps.timed("layer"):
+        layer, x = _layer_and_input(replace(job, config=""), device)
+        residual = (_residual(job.problem, x),) if job.residual else ()
     layer.config = job.config
     layer._launches.clear()
-    return layer(x, _residual(job.problem, x)) if job.residual else layer(x)
+    with steps.timed("launch"), steps.watching_the_compiler():
+        y = layer(x, *residual)
+        if y.is_cuda:
+            torch.cuda.synchronize(y.device)
+        return y
 
 
 def _residual(problem: Problem, x: torch.Tensor) -> torch.Tensor:
@@ -141,20 +167,39 @@ def main() -> None:
     """A worker. Whatever a compiler or a driver raises is the answer; after an error on the GPU the process ends."""
     torch.set_num_threads(1)
     device = sys.argv[1]
+    import_the_rest()
     if ":" in device:
         torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+    ready = time.monotonic()
     for line in sys.stdin:
-        started, reason = time.perf_counter(), ""
-        try:
-            run_once(Job.from_json(json.loads(line)), device)
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-                torch.cuda.empty_cache()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-        print(ANSWER, json.dumps([reason, time.perf_counter() - started]), flush=True)
+        reason, seconds, parts = answer(Job.from_json(json.loads(line)), device)
+        print(ANSWER, json.dumps([reason, seconds, {"ready": ready, **parts}]), flush=True)
         if "CUDA error" in reason:
             sys.exit(1)
+
+
+def answer(job: Job, device: str) -> tuple[str, float, dict[str, float]]:
+    """Run the job: why it failed or "", its seconds, and its :data:`PARTS`."""
+    began, before, steps, reason = time.monotonic(), os.times(), Steps(), ""
+    try:
+        run_once(job, device, steps)
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    after = os.times()
+    parts = {"began": began, **steps.seconds, "kernels": len(steps.kernels)}
+    parts["cpu"] = round(after.user + after.system - before.user - before.system, 2)
+    parts["children"] = round(
+        after.children_user + after.children_system - before.children_user - before.children_system, 2
+    )
+    return reason, time.monotonic() - began, parts
+
+
+def import_the_rest() -> None:
+    """What the first call of a registered operation imports: a second or two of modules."""
+    importlib.import_module("torch._dynamo")
 
 
 def first_line(error: Exception) -> str:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tetris.autotune.compile_job import first_line
+from tetris.autotune.compile_job import first_line, import_the_rest
 from tetris.autotune.problems import LayerInput, SparseLayer
 from tetris.autotune.race import heat_us, race
 from tetris.autotune.space import Config
+from tetris.autotune.steps import Steps
 from tetris.autotune.timer import Timing, graphed
 from tetris.ops import dtype_name
 
@@ -29,27 +30,33 @@ class LayerBench:
 
     Attributes:
         failures: configurations that do not run or answer wrongly, with the reason.
+        steps: seconds of making the input, of loading and capturing, of the race and of the last measurement.
     """
 
     layer: SparseLayer
     x: LayerInput
     failures: dict[Config, str] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
     reference: torch.Tensor | None = None
     _runs: dict[Config, Callable[[], object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.images = self.x.random(self.x.device, channels_last=True)
+        with self.steps.timed("input"):
+            self.images = self.x.random(self.x.device, channels_last=True)
         self._pool = torch.cuda.graph_pool_handle() if self.images.is_cuda else None
 
     def race(self, configs: Sequence[Config]) -> dict[Config, float]:
         """Microseconds of the configurations that run and are right; the slower, the less exact."""
         runs = self._prepared(configs)
-        times = race(runs, self.x.device)
+        with self.steps.timed("race"):
+            times = race(runs, self.x.device)
         return {config: times[config.to_key()] for config in configs if config.to_key() in times}
 
     def final(self, configs: Sequence[Config], repeats: int = 25) -> dict[Config, Timing]:
         """The last few, well timed."""
-        times = heat_us(self._prepared(configs), self.x.device, repeats)
+        runs = self._prepared(configs)
+        with self.steps.timed("final"):
+            times = heat_us(runs, self.x.device, repeats)
         return {config: times[config.to_key()] for config in configs if config.to_key() in times}
 
     def layer_with(self, config: Config) -> nn.Module:
@@ -60,12 +67,13 @@ class LayerBench:
 
     @torch.no_grad()
     def _prepared(self, configs: Sequence[Config]) -> dict[str, Callable[[], object]]:
-        for config in configs:
-            if config not in self._runs and config not in self.failures:
-                try:
-                    self._prepare(config, self.layer_with(config))
-                except Exception as problem:  # whatever a compiler or a driver raises is a finding about the config
-                    self.failures[config] = f"{type(problem).__name__}: {first_line(problem)}"
+        with self.steps.timed("prepare"), self.steps.watching_the_compiler():
+            for config in configs:
+                if config not in self._runs and config not in self.failures:
+                    try:
+                        self._prepare(config, self.layer_with(config))
+                    except Exception as problem:  # whatever a compiler or a driver raises is a finding about the config
+                        self.failures[config] = f"{type(problem).__name__}: {first_line(problem)}"
         return {config.to_key(): self._runs[config] for config in configs if config in self._runs}
 
     def _prepare(self, config: Config, layer: nn.Module) -> None:
@@ -82,3 +90,16 @@ class LayerBench:
             return layer(self.images)
 
         self._runs[config] = graphed(run, self._pool) if self.images.is_cuda else run
+
+
+def warm_up(device: torch.device) -> None:
+    """What the first measurement of a process pays for once: imports, the GPU's own kernels, a first graph."""
+    import_the_rest()
+    if device.type == "cuda":
+        from triton.runtime.driver import driver
+
+        driver.active.get_current_target()
+        with torch.cuda.device(device):
+            x = torch.randn(64, device=device).half()
+            (x.float() - x).norm().item()
+            heat_us({"": graphed(lambda: x + 1)}, device, 1)

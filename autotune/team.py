@@ -60,6 +60,10 @@ class Team:
         """The next index of a kind of work that nobody has claimed: 0, 1, ..."""
         return int(self.board.add(f"{kind} claimed", 1)) - 1
 
+    def tally(self, kind: str, more: int = 0) -> int:
+        """How many of a kind of work are done, ``more`` of them just now."""
+        return int(self.board.add(f"{kind} done", more))
+
     def announce(self, name: str, text: str) -> None:
         """Put a text on the board, for good."""
         self.board.set(name, text)

@@ -17,19 +17,20 @@ import torch
 
 from tetris.autotune.candidates import candidates
 from tetris.autotune.compile_ahead import Compiled, CompilePool
-from tetris.autotune.compile_job import Job
+from tetris.autotune.compile_job import Job, kernel_of
 from tetris.autotune.cost import estimate_us
-from tetris.autotune.layer_bench import LayerBench
+from tetris.autotune.layer_bench import LayerBench, warm_up
 from tetris.autotune.problems import LayerInput, Problem, SparseLayer, pools, problem_of
-from tetris.autotune.space import Config
+from tetris.autotune.space import Config, config_space
+from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.autotune.timer import Timing
 from tetris.kernels.configs import DeviceInfo
 from tetris.tuned_choices import Entry, problem_key
 
-TOGETHER = 4
-"""Jobs of one problem in a row: a worker makes the layer once for all of them."""
+LONG = ("hopper", "hopper_linear", "narrow")
+"""Kernels that take the compiler ten times as long as others: they come first, so that no worker ends on one."""
 FINALISTS = 4
 """So many of a race are timed again, beside the default."""
 
@@ -74,6 +75,7 @@ class Outcome:
         failures: configurations that did not run or answered wrongly, with the reason.
         compile_seconds: of all its kernels, on one processor.
         measured_seconds: on the GPU.
+        steps: what these went into.
     """
 
     wanted: Wanted
@@ -82,6 +84,7 @@ class Outcome:
     failures: dict[Config, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
     measured_seconds: float = 0.0
+    steps: Steps = field(default_factory=Steps)
 
 
 @dataclass
@@ -92,19 +95,24 @@ class Search:
         wanted: the problems; the same list in every process of the team.
         team: processes that share the work; None = this one.
         tried: what will be measured, by the problems' keys.
+        ruled_out: how many valid configurations of each will not.
+        steps: what compiling took on the clock.
     """
 
     wanted: Sequence[Wanted]
     device: DeviceInfo
     team: Team = field(default_factory=Team.alone)
     progress: Progress | None = None
-    tried: dict[str, list[Config]] = field(init=False)
+    tried: dict[str, list[Config]] = field(init=False, default_factory=dict)
+    ruled_out: dict[str, int] = field(init=False, default_factory=dict)
     compiled: dict[str, list[Compiled]] = field(init=False, default_factory=dict)
+    steps: Steps = field(init=False, default_factory=Steps)
 
     def __post_init__(self) -> None:
-        self.tried = {
-            item.key: candidates(item.problem, self.device, pools(item.layer), item.budget) for item in self.wanted
-        }
+        for item in self.wanted:
+            space = config_space(item.problem, self.device, pools(item.layer))
+            self.tried[item.key] = candidates(item.problem, self.device, pools(item.layer), item.budget, space)
+            self.ruled_out[item.key] = len(space) - len(self.tried[item.key])
         self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
 
     def compile(self, workers: int | None = None, seconds: float = math.inf) -> list[Compiled]:
@@ -117,17 +125,35 @@ class Search:
         if not self.wanted or workers == 0:
             return []
         jobs = {item.key: item.jobs(self.tried[item.key]) for item in self.wanted}
-        most = max(map(len, jobs.values()))
-        order = [(item.key, first) for first in range(0, most, TOGETHER) for item in self.wanted]
-        queue = [job for key, first in order for job in jobs[key][first : first + TOGETHER]]
-        pool = CompilePool(queue, str(self.wanted[0].x.device), self.team, workers)
+        queue = self.in_turn(jobs)
+        with self.steps.timed("start"):
+            pool = CompilePool(queue, str(self.wanted[0].x.device), self.team, workers)
+            warm_up(self.wanted[0].x.device)
         try:
-            results = pool.results(lambda done: self._report("compile", done, len(queue)), seconds)
+            with self.steps.timed("wait"):
+                results = pool.results(lambda done: self._report("compile", done, len(queue)), seconds)
         finally:
-            pool.close()
+            with self.steps.timed("close"):
+                pool.close()
         by_job = dict(zip(queue, results))
         self.compiled = {key: [by_job[job] for job in mine] for key, mine in jobs.items()}
         return results
+
+    def in_turn(self, jobs: dict[str, list[Job]]) -> list[Job]:
+        """All jobs: the defaults, then what takes long to compile, the most promising of every problem first.
+
+        Jobs whose kernel an earlier one compiles come last and find it in the cache: workers that took both at once
+        would both compile it.
+        """
+        most = max(map(len, jobs.values()))
+        ranks = [(rank, item.key) for rank in range(most) for item in self.wanted if rank < len(jobs[item.key])]
+        order: list[tuple[tuple[bool, bool, bool], Job]] = []
+        kernels: set[tuple[object, ...]] = set()
+        for rank, key in ranks:
+            job, kernel = jobs[key][rank], kernel_of(jobs[key][rank], self.device)
+            order.append(((kernel in kernels, rank > 0, self.tried[key][rank].kernel not in LONG), job))
+            kernels.add(kernel)
+        return [job for _, job in sorted(order, key=lambda entry: entry[0])]
 
     def outcome(self, item: Wanted) -> Outcome:
         """What compiling alone says of a problem."""
@@ -177,7 +203,7 @@ def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> flo
 def find(outcome: Outcome, device: DeviceInfo, tried: list[Config]) -> None:
     """Race the configurations that compiled, then time the leaders beside the default (``tried[0]``)."""
     started, wanted = time.monotonic(), outcome.wanted
-    bench = LayerBench(wanted.layer, wanted.x, outcome.failures)
+    bench = LayerBench(wanted.layer, wanted.x, outcome.failures, steps=outcome.steps)
     raced = bench.race(tried)
     leaders = sorted(raced, key=raced.__getitem__)[:FINALISTS]
     times = bench.final([tried[0], *leaders])

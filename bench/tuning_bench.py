@@ -17,13 +17,14 @@ from tetris.autotune.compile_ahead import Compiled, default_workers
 from tetris.autotune.device import device_info, device_name, versions
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.space import Config
+from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.timer import Timing
-from tetris.autotune.tune_problems import Outcome, Search
+from tetris.autotune.tune_problems import Outcome, Search, Wanted
 from tetris.bench.report import table
 from tetris.bench.rows import SKIPPED, Row
 from tetris.bench.tuning_cases import FULL, QUICK, SUITES, TuningCase
-from tetris.bench.tuning_rows import Book, failure_rows, known_failures, layer_rows, suite_rows
+from tetris.bench.tuning_rows import Book, failure_rows, job_rows, known_failures, layer_rows, suite_rows
 
 REPEATS = 15
 DTYPE = torch.float16
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--check", action="store_true", help="time the leaders in a random layout, too")
     parser.add_argument("--layers", help="only layers whose name contains this")
+    parser.add_argument("--log", action="store_true", help="write tuning_jobs.csv: what every compilation took")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -80,18 +82,19 @@ def show(rows: list[Row]) -> str:
     return table(rows, extra=["fraction", "random_fraction", "kernel", "tried", "failed", "seconds"])
 
 
-def search_of(cases: list[tuple[TuningCase, int | None]], args: argparse.Namespace) -> Search:
-    """The search over the cases' layers, each with its budget."""
-    wanted = [case.wanted(args.device, DTYPE, budget=budget) for case, budget in cases]
-    return Search(wanted, device_info(args.device))
+def wanted_of(cases: list[tuple[TuningCase, int | None]], args: argparse.Namespace) -> list[Wanted]:
+    """The cases' layers, each with its budget."""
+    return [case.wanted(args.device, DTYPE, budget=budget) for case, budget in cases]
 
 
 def compile_suites(cases: list[tuple[TuningCase, int | None]], args: argparse.Namespace, book: Book) -> None:
     """Leave all kernels in the compiler's cache, and a list of those that failed."""
+    wanted = wanted_of(cases, args)
     started = time.monotonic()
-    search = search_of(cases, args)
+    search = Search(wanted, device_info(args.device))
     results = search.compile(args.workers, args.compile_seconds)
     by_name = {case.name: case for case, _ in cases}
+    book.log(job_rows(search, started) if args.log else [])
     for item in search.wanted:
         book.add([], failure_rows(by_name[item.name], search.outcome(item)))
     extra = {"compile_wall_seconds": time.monotonic() - started, "tried": len(results)}
@@ -119,21 +122,30 @@ def tune_suite(
         outcomes.append(outcome)
         default = search.tried[outcome.wanted.key][0]
         checked = check(case, [default, *outcome.times], args.device) if args.check else {}
-        book.add(layer_rows(case, outcome, default, checked), failure_rows(case, outcome))
+        ruled_out = search.ruled_out[outcome.wanted.key]
+        book.add(layer_rows(case, outcome, default, checked, ruled_out), failure_rows(case, outcome))
         checked_seconds += time.monotonic() - started
 
+    made_at = time.monotonic()
+    wanted = wanted_of([(case, budget) for case in cases], args)
     started = time.monotonic()
-    search = search_of([(case, budget) for case in cases], args)
+    search = Search(wanted, device_info(args.device))
     if args.stage == "both":
         search.compile(args.workers, args.compile_seconds)
+        book.log(job_rows(search, started) if args.log else [])
     for item in search.wanted:
         tried = search.tried[item.key]
         if any((item.name, config.to_key()) in known for config in tried):
             search.compiled[item.key] = [Compiled(known.get((item.name, config.to_key()), ""), 0.0) for config in tried]
     compiled_at = time.monotonic()
     search.measure(TuningStore(), on_outcome)
+    parts = Steps()
+    for outcome in outcomes:
+        for name, seconds in outcome.steps.seconds.items():
+            parts.add(name, seconds)
     extra = {
         "seconds": time.monotonic() - started - checked_seconds,
+        "layers_seconds": started - made_at,
         "compile_wall_seconds": compiled_at - started,
         "checked_seconds": checked_seconds,
         "compile_seconds": sum(outcome.compile_seconds for outcome in outcomes),
@@ -142,6 +154,8 @@ def tune_suite(
         "layers": len(cases),
         "budget": budget or "full",
         "tried": sum(map(len, search.tried.values())),
+        "ruled_out": sum(search.ruled_out.values()),
+        **{f"{name}_seconds": seconds for name, seconds in (search.steps.seconds | parts.seconds).items()},
         "failed": sum(len(outcome.failures) for outcome in outcomes),
     }
     rows = [Row("tuning", suite, "search", extra=extra)]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tetris.autotune.space import Config
 from tetris.autotune.timer import Timing
-from tetris.autotune.tune_problems import Outcome
+from tetris.autotune.tune_problems import Outcome, Search
 from tetris.bench.rows import FAILED, OK, Row, read_csv, write_csv
 from tetris.bench.tuning_cases import TuningCase
 
-FAILURES = "tuning_failures.csv"
+FAILURES, JOBS = "tuning_failures.csv", "tuning_jobs.csv"
 
 
 @dataclass
@@ -25,6 +25,13 @@ class Book:
     versions: str
     rows: list[Row] = field(default_factory=list)
     failures: list[Row] = field(default_factory=list)
+    jobs: list[Row] = field(default_factory=list)
+
+    def log(self, rows: Iterable[Row]) -> None:
+        """Take and write rows of compilations."""
+        self.jobs += rows
+        if self.jobs:
+            write_csv(self.out / JOBS, self.jobs)
 
     def add(self, rows: Iterable[Row], failures: Iterable[Row] = ()) -> None:
         """Take rows, print and write them."""
@@ -42,16 +49,21 @@ class Book:
             print(f"{row.case} FAILED {row.extra['config']} {row.status}", flush=True)
 
 
-def layer_rows(case: TuningCase, outcome: Outcome, default: Config, checked: dict[Config, Timing]) -> list[Row]:
+def layer_rows(
+    case: TuningCase, outcome: Outcome, default: Config, checked: dict[Config, Timing], ruled_out: int = 0
+) -> list[Row]:
     """A row for the analytic default and one for the choice.
 
     ``fraction``: the choice's time / this one. ``random_us``, ``random_fraction``: in a random layout, where the best
-    of the search's leaders counts as 1.
+    of the search's leaders counts as 1. ``ruled_out``: valid configurations that the cost model left out;
+    ``compiled``: kernels that no worker had compiled.
     """
     entry, extra = outcome.entry, {"suite": case.suite, "count": case.layer.count, "failed": len(outcome.failures)}
     if entry is None:
         return [Row("tuning", case.name, "tuned", status=f"{FAILED}: nothing ran", extra=extra)]
-    extra |= {"tried": entry.tried, "seconds": outcome.measured_seconds, "compile_seconds": outcome.compile_seconds}
+    extra |= {"tried": entry.tried, "ruled_out": ruled_out, "compiled": len(outcome.steps.kernels)}
+    extra |= {"n_blocks": entry.problem.n_blocks}
+    extra |= {"seconds": outcome.measured_seconds, "compile_seconds": outcome.compile_seconds}
     best_us = min((time.median_us for time in checked.values()), default=math.nan)
     rows = []
     for provider, config in (("default", default), ("tuned", entry.config)):
@@ -96,6 +108,20 @@ def failure_rows(case: TuningCase, outcome: Outcome) -> list[Row]:
         Row("tuning", case.name, "failure", status=f"{FAILED}: {reason}", extra={"config": config.to_key()})
         for config, reason in outcome.failures.items()
     ]
+
+
+def job_rows(search: Search, started: float) -> list[Row]:
+    """A row a compilation: worker, when, and what its seconds went into (``compile_job.PARTS``)."""
+    rows = []
+    for item in search.wanted:
+        for config, done in zip(search.tried[item.key], search.compiled.get(item.key, [])):
+            parts = dict(done.parts or {})
+            since: dict[str, object] = {
+                name: parts.pop(name) - started for name in ("started", "ready", "began") if name in parts
+            }
+            extra = since | {"seconds": done.seconds, **parts, "kernel": config.kernel, "config": config.to_key()}
+            rows.append(Row("tuning", item.name, "job", status=done.reason or OK, extra=extra))
+    return rows
 
 
 def known_failures(out: Path) -> dict[tuple[str, str], str]:

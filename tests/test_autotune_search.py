@@ -164,6 +164,7 @@ def test_a_full_search_leaves_out_only_what_is_estimated_slow(problem) -> None:
     assert full[0] == default_config(problem, H200) and len(full) == len(set(full))
     assert set(full) <= set(space)
     least = min(estimate_us(problem, H200, c) for c in space)
+    assert full == candidates(problem, H200, space=space)
     assert {c for c in space if c.kernel != "portable" and estimate_us(problem, H200, c) <= 1.5 * least} <= set(full)
     assert min(true_time(problem, c) for c in full) <= 1.03 * min(true_time(problem, c) for c in space)
 
@@ -174,13 +175,10 @@ def test_spread_takes_different_tiles_first() -> None:
     assert spread([a, b, c], 2) == [a, c] and spread([a, b, c], 3) == [a, c, b]
 
 
-def test_the_most_promising_of_all_problems_compile_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_and_long_compilations_come_first_and_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, x = converted()
     layer = sparse_layers(fast)["0"]
-    wanted = [
-        Wanted(str(n), layer, LayerInput((n, 64), torch.float16, x.device, False), budget)
-        for n, budget in ((300, 9), (500, 3))
-    ]
+    wanted = [Wanted(str(n), layer, LayerInput((n, 64), torch.float16, x.device, False)) for n in (300, 500)]
     queues: list[list[Job]] = []
 
     class Pool:
@@ -192,13 +190,19 @@ def test_the_most_promising_of_all_problems_compile_first(monkeypatch: pytest.Mo
 
         def close(self) -> None: ...
 
+    a, b, c = (LinearConfig(tile_tokens=tile) for tile in (16, 32, 64))
+    long = LinearConfig(kernel="hopper", tile_tokens=128)
     monkeypatch.setattr(tune_problems, "CompilePool", Pool)
     search = Search(wanted, H200)
+    first, second = (item.key for item in search.wanted)
+    search.tried = {first: [a, b, long], second: [b, a, c, long]}
     search.compile()
-    assert [job.problem.tokens for job in queues[0]] == [300] * 4 + [500] * 3 + [300] * 5
-    long, short = (search.compiled[item.key] for item in search.wanted)
-    assert [done.reason for done in long] == ["0", "1", "2", "3", "7", "8", "9", "10", "11"]
-    assert [done.reason for done in short] == ["4", "5", "6"]
+    tokens = {item.key: item.problem.tokens for item in search.wanted}
+    order = [(first, a), (second, b), (first, long), (second, c), (second, long), (first, b), (second, a)]
+    assert [(job.problem.tokens, job.config) for job in queues[0]] == [(tokens[k], c.to_key()) for k, c in order]
+    assert [done.reason for done in search.compiled[first]] == ["0", "5", "2"]
+    assert [done.reason for done in search.compiled[second]] == ["1", "6", "3", "4"]
+    assert set(search.steps.seconds) == {"start", "wait", "close"}
 
 
 def test_races_drop_losers_early_and_find_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:

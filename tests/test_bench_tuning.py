@@ -29,7 +29,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setattr(tuning_bench, "device_info", lambda device: H200)
     monkeypatch.setattr(tuning_bench, "DTYPE", torch.float32)
     monkeypatch.setattr(tuning_bench, "WITHOUT_CONFIGURATIONS", ())
-    options = {"suite": [("small", 3)], "quick": True, "workers": 0, "layers": None}
+    options = {"suite": [("small", 3)], "quick": True, "workers": 0, "layers": None, "log": False}
     return Namespace(device="cpu", out=tmp_path, stage="both", check=True, compile_seconds=math.inf, **options)
 
 
@@ -43,6 +43,12 @@ def test_every_layer_and_suite_gets_its_rows_and_the_choices_are_stored(args: Na
         assert 0 < tuned.extra["random_fraction"] <= 1 and 0 < default.extra["random_fraction"] <= 1
     search = next(row for row in rows if row.provider == "search")
     assert search.extra["layers"] == 2 and search.extra["tried"] == 6 and search.extra["seconds"] >= 0
+    assert (
+        search.extra["ruled_out"]
+        == sum(row.extra["ruled_out"] for row in rows if row.provider == "tuned" and "ruled_out" in row.extra)
+        > 6
+    )
+    assert {"prepare_seconds", "race_seconds", "final_seconds", "layers_seconds"} <= set(search.extra)
     assert [row.case for row in read_csv(tmp_path / "tuning.csv")] == [row.case for row in rows]
     assert len(TuningStore().mine) == 2
     assert "fraction" in tuning_bench.show(rows)
@@ -91,6 +97,17 @@ def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monke
     (row,) = tuning_bench.run(args)
     assert row.extra["tried"] == 6 and row.extra["compile_seconds"] == 9 and row.extra["failed"] == 1
     assert [failure.status for failure in read_csv(tmp_path / "tuning_failures.csv")] == ["failed: too large"]
+
+
+def test_the_log_tells_what_every_compilation_took(args: Namespace, tmp_path: Path) -> None:
+    args.stage, args.workers, args.log = "compile", 1, True
+    tuning_bench.run(args)
+    rows = read_csv(tmp_path / "tuning_jobs.csv")
+    assert len(rows) == 6 and {row.status for row in rows} == {"ok"}
+    for row in rows:
+        took = row.extra
+        assert took["started"] < took["ready"] <= took["began"] and took["worker"] == 0
+        assert 0 < took["layer"] + took["launch"] <= took["seconds"] and took["cpu"] >= 0 == took["kernels"]
 
 
 def test_the_cpu_has_nothing_to_tune(tmp_path: Path) -> None:
