@@ -22,6 +22,7 @@ from tetris.autotune.compile_ahead import Compiled
 from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import config_space
+from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team, local_gpu
 from tetris.autotune.timer import graphed, time_us
@@ -146,7 +147,7 @@ def test_a_worker_answers_every_job_and_ends_after_an_error_on_the_gpu(
 ) -> None:
     jobs, done = [Job(LINEAR), Job(CONV), Job(LINEAR, bias=False), Job(CONV, bias=False)], []
 
-    def run(job: Job, device: str) -> None:
+    def run(job: Job, device: str, steps: Steps) -> None:
         if job == jobs[1]:
             raise KeyError("out of shared memory\nand more")
         if job == jobs[2]:
@@ -162,7 +163,7 @@ def test_a_worker_answers_every_job_and_ends_after_an_error_on_the_gpu(
     torch.set_num_threads(threads)
     assert done == [(jobs[0], "cpu")]
     answers = [json.loads(line.removeprefix(compile_job.ANSWER)) for line in capsys.readouterr().out.splitlines()]
-    assert [reason for reason, _ in answers[:1]] == [""] and "KeyError" in answers[1][0] and len(answers) == 3
+    assert [reason for reason, *_ in answers[:1]] == [""] and "KeyError" in answers[1][0] and len(answers) == 3
 
 
 def converted() -> tuple[nn.Module, torch.Tensor]:
