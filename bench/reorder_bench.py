@@ -1,4 +1,4 @@
-"""Searches for permutations: what they retain and how long they take.
+"""Searches for permutations: what they retain and how long they take (the latter: :mod:`tetris.bench.reorder_times`).
 
 Share of the gap = (retained - retained without reordering) / (element-wise top-k - retained without reordering), at the
 same kept fraction; gain = that share / the paper's method's. Times are wall-clock times of the search on a weight that
@@ -10,33 +10,21 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from tetris.autotune.device import device_name, versions
-from tetris.bench.reorder_cases import ReorderCase, quality_cases, vgg16_weights
+from tetris.bench.reorder_cases import ReorderCase, quality_cases
+from tetris.bench.reorder_times import METHODS, measure_vgg16
 from tetris.bench.report import geometric_mean
-from tetris.bench.rows import FAILED, Row, write_csv
+from tetris.bench.rows import Row, write_csv
 from tetris.bench.trained import TRAINED
-from tetris.errors import TetrisError
 from tetris.importance import channel_importance
-from tetris.layout import grid_shape
-from tetris.pruning import keep_largest, units_to_keep
+from tetris.pruning import keep_largest
 from tetris.reordering import Reordering, reorder
-from tetris.search.system import BlockProblem, System
-from tetris.search.transport import certify, solve
 
-METHODS: tuple[tuple[str, str, int], ...] = (
-    ("none", "none", 1),
-    ("sort", "sort", 1),
-    ("paper", "paper", 1),
-    ("batched", "batched", 1),
-    ("exact", "exact", 1),
-    ("annealed 60", "annealed", 60),
-    ("annealed 500", "annealed", 500),
-)
-"""(provider, method, steps)."""
+SECONDS_BETWEEN_FILES = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matrices", nargs="+", help="only these kinds of matrix, such as gaussian or planted")
     parser.add_argument("--blocks", nargs="+", help="only these blocks, such as 32x32")
     parser.add_argument("--sigmas", nargs="+", type=float, default=[0.0, 0.6], help="spread of VGG16's channels")
+    parser.add_argument("--trained", type=Path, help="file of the trained weights: read, or written if it is not there")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """Speed over VGG16, then quality over the suite. The CSV grows case by case, so that a run cut short leaves one."""
+    """Speed over VGG16, then quality over the suite. The CSV grows as rows come, so that a run cut short leaves one."""
     rows: list[Row] = []
     if args.part in ("all", "vgg16") and not args.quick:
         for sigma in args.sigmas:
@@ -57,14 +46,18 @@ def run(args: argparse.Namespace) -> list[Row]:
                 rows += found
                 write_csv(args.out / "reorder.csv", rows)
     if args.part in ("all", "quality"):
+        cases = quality_cases(args.device, args.seeds, args.quick, args.matrices, args.blocks, args.trained)
         compiled: set[tuple] = set()
-        for case in quality_cases(args.device, args.seeds, args.quick, args.matrices, args.blocks):
+        written = time.perf_counter()
+        for case in cases:
             kernels = (tuple(case.weight.shape), case.block)
             if args.device != "cpu" and kernels not in compiled:
                 compile_searches(case, args.device)
                 compiled.add(kernels)
             rows += measure_quality(case, args.device, args.quick)
-            write_csv(args.out / "reorder.csv", rows)
+            if case is cases[-1] or time.perf_counter() - written > SECONDS_BETWEEN_FILES:
+                write_csv(args.out / "reorder.csv", rows + summaries(rows))
+                written = time.perf_counter()
         rows += summaries(rows)
     return rows
 
@@ -118,85 +111,6 @@ def measure_quality(case: ReorderCase, device: str, quick: bool) -> list[Row]:
         )
         for provider, r in found.items()
     ]
-
-
-def measure_vgg16(sigma: float, device: str) -> Iterator[list[Row]]:
-    """Search times of VGG16's layers and their sum, method by method: 32x32 blocks, the paper's rates."""
-    kind = "gaussian" if sigma == 0 else f"lognormal {sigma:g}"
-    layers = [(name, weight.to(device), sparsity) for name, weight, sparsity in vgg16_weights(sigma)]
-    wanted = [m for m in METHODS if m[0] != "none"]
-    if device == "cpu":  # annealing all of VGG16 is the GPU's business
-        wanted = [m for m in wanted if m[1] in ("sort", "paper", "batched")]
-    if device != "cpu":
-        name, weight, sparsity = next(layer for layer in layers if layer[0] == "fc6")
-        yield [measure_exact_step(f"VGG16 {name} M-step {kind}", weight, sparsity, kind)]
-    for provider, method, steps in wanted:
-        rows, seconds, swaps = [], 0.0, 0
-        for name, weight, sparsity in layers:
-            case = f"VGG16 {name} {kind}"
-            try:
-                first = reorder(weight, 32, sparsity, method, steps=min(steps, 2)) if weight.is_cuda else None
-                before = _reset_peak(weight)
-                r = reorder(weight, 32, sparsity, method, steps=steps)
-            except (RuntimeError, TetrisError) as error:
-                rows.append(Row("reorder", case, provider, status=f"{FAILED}: {error}", device=device_name(device)))
-                seconds = math.nan
-                continue
-            seconds, swaps = seconds + r.seconds, swaps + r.n_swaps
-            megabytes = _peak_since(weight, before)
-            extra = {"matrix": kind, "retained": r.retained, "swaps": r.n_swaps, "megabytes": megabytes}
-            if first is not None:  # it loaded or compiled the kernels
-                extra["first_call_ms"] = first.seconds * 1e3
-            rows.append(_vgg_row(case, provider, r.seconds, device, extra))
-        rows.append(_vgg_row(f"VGG16 all {kind}", provider, seconds, device, {"matrix": kind, "swaps": swaps}))
-        yield rows
-
-
-def measure_exact_step(case: str, weight: torch.Tensor, sparsity: float, kind: str) -> Row:
-    """One exact M-step along the inputs, from a random assignment, for the mask of the given order."""
-    rows, columns = grid_shape((weight.shape[0], weight.shape[1]), (32, 32))
-    system = System([BlockProblem(weight.abs(), (32, 32), units_to_keep(rows * columns, sparsity))])
-    masks, _ = system.expectation()
-    values = system.values(1, masks)
-    seconds = math.inf
-    for _ in range(3):
-        partition = system.partitions[1]
-        partition.order.copy_(torch.randperm(len(partition.order), generator=torch.Generator().manual_seed(0)))
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        moves, _ = solve(values, partition)
-        seconds = min(seconds, time.perf_counter() - began)
-    certificate = certify(values, partition)
-    extra = {"matrix": kind, "swaps": moves, "gap": certificate.gap, "optimal": int(certificate.is_optimal)}
-    return _vgg_row(case, "exact M-step", seconds, "cuda", extra)
-
-
-def _vgg_row(case: str, provider: str, seconds: float, device: str, extra: dict) -> Row:
-    common = {"block_out": 32, "block_in": 32}
-    return Row(
-        "reorder",
-        case,
-        provider,
-        median_us=seconds * 1e6,
-        device=device_name(device),
-        versions=versions(),
-        extra={**common, **extra},
-    )
-
-
-def _reset_peak(weight: torch.Tensor) -> int:
-    if not weight.is_cuda:
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def _peak_since(weight: torch.Tensor, before: int) -> float:
-    """Megabytes at the peak beyond what was there, |W| and the answer's mask not counted; NaN on a CPU."""
-    if not weight.is_cuda:
-        return math.nan
-    return (torch.cuda.max_memory_allocated() - before - 5 * weight.numel()) / 1e6
 
 
 def doubled_edge(rows: list[Row], provider: str) -> list[float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from tetris.bench.cases import VGG16_CONVS, VGG16_LINEARS, scaled_weight
-from tetris.bench.trained import TRAINED, trained_weights
+from tetris.bench.trained import TRAINED, kept_weights, trained_weights
 
 SQUARE = ((16, 16), (32, 32), (64, 64))
 RECTANGULAR = ((64, 16), (64, 32), (128, 32))
@@ -50,24 +51,33 @@ def planted(size: int, block: tuple[int, int], sparsity: float, seed: int) -> tu
 
 
 def quality_cases(
-    device: str, seeds: int, quick: bool, matrices: list[str] | None = None, blocks: list[str] | None = None
+    device: str,
+    seeds: int,
+    quick: bool,
+    matrices: list[str] | None = None,
+    blocks: list[str] | None = None,
+    trained_file: Path | None = None,
 ) -> list[ReorderCase]:
-    """Random, planted and trained weights x blocks x sparsities; ``matrices`` and ``blocks`` choose among them."""
+    """Planted, random and trained weights x blocks x sparsities; ``matrices`` and ``blocks`` choose among them.
+
+    ``trained_file`` keeps the trained weights from one run to the next.
+    """
     size = 128 if quick else 512
     sparsities = (0.73,) if quick else SPARSITIES
     wanted = ((16, 16), (32, 16)) if quick else SQUARE + RECTANGULAR
-    random = {"gaussian": gaussian, "heavy-tailed": lambda size, seed: scaled_weight((size, size), 1.0, seed)}
-    trained = trained_weights(device, quick=quick) if matrices is None or set(matrices) & set(TRAINED) else {}
     cases = []
-    for block in wanted:
-        for sparsity in sparsities:
-            for seed in range(seeds):
-                cases += [ReorderCase(name, make(size, seed), block, sparsity, seed) for name, make in random.items()]
-            cases += [ReorderCase(name, weight, block, sparsity, 0) for name, weight in trained.items()]
     for seed in range(2 if quick else 10):
         block = (16, 16) if quick else (32, 32)
         weight, ceiling = planted(size, block, 0.73, seed)
         cases.append(ReorderCase("planted", weight, block, 0.73, seed, ceiling))
+    random = {"gaussian": gaussian, "heavy-tailed": lambda size, seed: scaled_weight((size, size), 1.0, seed)}
+    drawn = [(name, make(size, seed), seed) for seed in range(seeds) for name, make in random.items()]
+    if matrices is None or set(matrices) & set(TRAINED):
+        trained = kept_weights(trained_file, device, quick) if trained_file else trained_weights(device, quick=quick)
+        drawn += [(name, weight, 0) for name, weight in trained.items()]
+    for block in wanted:
+        for sparsity in sparsities:
+            cases += [ReorderCase(name, weight, block, sparsity, seed) for name, weight, seed in drawn]
     return [
         case
         for case in cases

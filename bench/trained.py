@@ -5,10 +5,13 @@ LeNet and a VGG-like network learn scikit-learn's handwritten digits in well und
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tetris.files import atomic_file
 from tetris.models import LeNet
 
 TRAINED = ("lenet fc1", "vgg conv3", "vgg conv4", "vgg fc1")
@@ -81,3 +84,14 @@ def trained_weights(device: str = "cpu", seed: int = 0, quick: bool = False) -> 
         next(m for m in vgg.modules() if isinstance(m, nn.Linear)).weight,
     )
     return {name: weight.detach() for name, weight in zip(TRAINED, weights)}
+
+
+def kept_weights(path: Path, device: str = "cpu", quick: bool = False) -> dict[str, torch.Tensor]:
+    """:func:`trained_weights` from a safetensors file, which is written by the first call: training takes seconds."""
+    from safetensors.torch import load_file, save_file
+
+    if not path.is_file():
+        weights = {name: weight.cpu().contiguous() for name, weight in trained_weights(device, quick=quick).items()}
+        with atomic_file(path) as temporary:
+            save_file(weights, temporary)
+    return {name: weight.to(device) for name, weight in load_file(path).items()}

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tetris.bench import reorder_bench, reorder_cases, trained
-from tetris.bench.reorder_bench import METHODS, doubled_edge, measure_quality, retained_by_elements
+from tetris.bench import reorder_bench, reorder_cases, reorder_times, trained
+from tetris.bench.reorder_bench import doubled_edge, measure_quality, retained_by_elements
 from tetris.bench.reorder_cases import CONTRAST, ReorderCase, gaussian, planted, quality_cases
+from tetris.bench.reorder_times import METHODS, measure_together, measure_vgg16
 from tetris.bench.rows import Row, read_csv
 
 
@@ -32,9 +33,9 @@ def test_planted_blocks_are_heavier_and_found_again_by_their_ceiling():
 def test_the_suite_is_chosen_by_matrix_and_block():
     cases = quality_cases("cpu", 2, quick=True, matrices=["gaussian", "planted"], blocks=["16x16"])
     assert [case.name for case in cases] == [
-        "gaussian 16x16 0.73 #0", "gaussian 16x16 0.73 #1", "planted 16x16 0.73 #0", "planted 16x16 0.73 #1",
+        "planted 16x16 0.73 #0", "planted 16x16 0.73 #1", "gaussian 16x16 0.73 #0", "gaussian 16x16 0.73 #1",
     ]  # fmt: skip
-    assert torch.equal(cases[0].weight, gaussian(128, 0)) and cases[0].ceiling is None
+    assert torch.equal(cases[2].weight, gaussian(128, 0)) and cases[2].ceiling is None
     full = quality_cases("cpu", 1, quick=False, matrices=["gaussian"])
     assert len(full) == 6 * 3 and full[0].weight.shape == (512, 512)
 
@@ -82,7 +83,7 @@ def test_a_quick_run_writes_and_shows_every_method(tmp_path):
     )
     measured = [row for row in rows if "block_out" in row.extra]
     assert len(measured) == 2 * len(METHODS) and {row.extra["block_out"] for row in measured} == {16, 32}
-    assert [row.case for row in read_csv(tmp_path / "reorder.csv")] == [row.case for row in measured]
+    assert [row.case for row in read_csv(tmp_path / "reorder.csv")] == [row.case for row in rows]
     shown = reorder_bench.show(rows)
     assert all(name in shown for name, _, _ in METHODS) and "gain gaussian" in shown
 
@@ -92,7 +93,7 @@ def small_layers(sigma: float):
 
 
 def test_times_of_layers_add_up(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reorder_bench, "vgg16_weights", small_layers)
+    monkeypatch.setattr(reorder_times, "vgg16_weights", small_layers)
     rows = reorder_bench.run(arguments(tmp_path, "--part", "vgg16", "--sigmas", "0.6", quick=False))
     assert [row.provider for row in rows[::3]] == ["sort", "paper", "batched"]
     for layers in (rows[:3], rows[3:6], rows[6:]):
@@ -115,16 +116,43 @@ def test_a_layer_that_fails_is_named_and_voids_the_sum(monkeypatch: pytest.Monke
     def fails(*arguments, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(reorder_bench, "vgg16_weights", small_layers)
-    monkeypatch.setattr(reorder_bench, "reorder", fails)
-    rows = next(reorder_bench.measure_vgg16(0.0, "cpu"))
+    monkeypatch.setattr(reorder_times, "vgg16_weights", small_layers)
+    monkeypatch.setattr(reorder_times, "reorder", fails)
+    rows = next(measure_vgg16(0.0, "cpu"))
     assert "out of memory" in rows[0].status and math.isnan(rows[-1].median_us)
+
+
+def test_layers_together_retain_what_they_retain_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    row = measure_together(small_layers(0.0), "paper", "paper", 1, "cpu", "gaussian")
+    alone = [reorder_bench.reorder(weight, 32, sparsity, "paper") for _, weight, sparsity in small_layers(0.0)]
+    assert row.case == "VGG16 together gaussian" and row.median_us > 0 and math.isnan(row.extra["megabytes"])
+    assert row.extra["swaps"] == sum(r.n_swaps for r in alone)
+    totals = [float(weight.abs().sum()) for _, weight, _ in small_layers(0.0)]
+    kept = sum(r.retained * total for r, total in zip(alone, totals)) / sum(totals)
+    assert row.extra["retained"] == pytest.approx(kept)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(reorder_times, "reorder_jointly", fails)
+    assert "out of memory" in measure_together(small_layers(0.0), "paper", "paper", 1, "cpu", "gaussian").status
+
+
+def test_trained_weights_are_kept_from_run_to_run(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[bool] = []
+    monkeypatch.setattr(
+        trained, "trained_weights", lambda device, quick: calls.append(quick) or {"lenet fc1": gaussian(8, 0).T}
+    )
+    for _ in range(2):
+        weights = trained.kept_weights(tmp_path / "weights.safetensors", "cpu", quick=True)
+        assert list(weights) == ["lenet fc1"] and torch.equal(weights["lenet fc1"], gaussian(8, 0).T)
+    assert calls == [True]
 
 
 def test_an_exact_step_proves_itself(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(reorder_bench, "device_name", lambda device: "NVIDIA H200")
-    row = reorder_bench.measure_exact_step("case", gaussian(128, 0), 0.73, "gaussian")
+    monkeypatch.setattr(reorder_times, "device_name", lambda device: "NVIDIA H200")
+    row = reorder_times.measure_exact_step("case", gaussian(128, 0), 0.73, "gaussian")
     assert row.extra["optimal"] == 1 and abs(row.extra["gap"]) < 1e-6 and row.median_us > 0 and row.extra["swaps"] > 0
 
 
