@@ -10,13 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from tetris.dispatch import linear_launch
 from tetris.errors import TetrisError
 from tetris.graph import ExampleInputs, as_arguments
-from tetris.kernels.configs import ITEM_SIZE, Conv2dProblem, LinearProblem
+from tetris.kernels.configs import (
+    ITEM_SIZE,
+    Conv2dConfig,
+    Conv2dProblem,
+    DeviceInfo,
+    LinearConfig,
+    LinearProblem,
+)
+from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear, supported_padding
 from tetris.layout import grid_shape
 from tetris.ops import dtype_name
 from tetris.pruning import units_to_keep
+from tetris.tuned_choices import shipped_conv2d_choice
 
 Problem = Conv2dProblem | LinearProblem
 SparseLayer = BlockSparseConv2d | BlockSparseLinear
@@ -87,6 +97,20 @@ def problem_of(layer: SparseLayer, x: LayerInput | torch.Tensor) -> Problem:
             layer.weight_dtype,
         )  # fmt: skip
     raise TetrisError(f"problem_of: wanted a block-sparse layer; got {type(layer).__name__}")
+
+
+def fresh_config(
+    layer: SparseLayer, problem: Problem, device: DeviceInfo, shipped: bool = True
+) -> Conv2dConfig | LinearConfig:
+    """What a layer with this layout runs where nobody tuned it; ``shipped``: whether the package's table counts."""
+    if isinstance(problem, LinearProblem):
+        launch = linear_launch(problem, layer.indptr, layer.indices, device=device, shipped=shipped)
+        return LinearConfig.from_key(launch.config)
+    pooled = pools(layer)
+    found = shipped_conv2d_choice(problem, device, pooled) if shipped else None
+    if found is not None and conv2d_refuses(problem, device, found, max_pool=pooled) is None:
+        return found
+    return choose_conv2d_config(problem, device, max_pool=pooled)
 
 
 def problem_at(layer: nn.Conv2d | nn.Linear, x: LayerInput, block: tuple[int, int], sparsity: float) -> Problem:

@@ -36,7 +36,7 @@ WASTE = 1.5
 
 
 def default_config(problem: Problem, device: DeviceInfo, max_pool: bool = False) -> Config:
-    """What runs where nothing is tuned."""
+    """What runs where nothing is tuned and the layout is even; see ``problems.fresh_config`` for a given layout."""
     if isinstance(problem, Conv2dProblem):
         return choose_conv2d_config(problem, device, max_pool=max_pool, allow_tf32=False)
     return choose_linear_config(problem, device)
@@ -158,9 +158,10 @@ def _narrow_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Linea
 
 def _split_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
     base = split_config(problem, device)
-    for tile, stages in itertools.product((16, 32, 64, 128), (5, 7, 10)):
+    tiles = (16, 32, 64, 128) if problem.tokens > DECODE_TOKENS else (16,)
+    for tile, stages in itertools.product(tiles, (5, 7, 10)):
         config = replace(base, tile_tokens=tile, num_stages=stages)
-        if DECODE_TOKENS < problem.tokens <= SPLIT_TOKENS and is_valid(problem, device, config):
+        if problem.tokens <= SPLIT_TOKENS and is_valid(problem, device, config):
             yield config
 
 

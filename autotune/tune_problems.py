@@ -20,7 +20,7 @@ from tetris.autotune.compile_ahead import Compiled, CompilePool
 from tetris.autotune.compile_job import Job, kernel_of
 from tetris.autotune.cost import estimate_us
 from tetris.autotune.layer_bench import LayerBench, warm_up
-from tetris.autotune.problems import LayerInput, Problem, SparseLayer, pools, problem_of
+from tetris.autotune.problems import LayerInput, Problem, SparseLayer, fresh_config, pools, problem_of
 from tetris.autotune.space import Config, config_space
 from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
@@ -54,6 +54,10 @@ class Wanted:
     def key(self) -> str:
         """Equal for layers that share a choice."""
         return problem_key(self.problem, pools(self.layer))
+
+    def defaults(self, device: DeviceInfo) -> list[Config]:
+        """What the layer runs where nobody tuned it, with the package's table and without; mostly the same."""
+        return list(dict.fromkeys(fresh_config(self.layer, self.problem, device, shipped) for shipped in (True, False)))
 
     def jobs(self, configs: Sequence[Config]) -> list[Job]:
         """What compiles and tries the layer's kernels in another process."""
@@ -94,7 +98,8 @@ class Search:
     Attributes:
         wanted: the problems; the same list in every process of the team.
         team: processes that share the work; None = this one.
-        tried: what will be measured, by the problems' keys.
+        defaults: what runs where nobody tuned, as ``Wanted.defaults`` tells, by the problems' keys.
+        tried: what will be measured, the defaults first.
         ruled_out: how many valid configurations of each will not.
         steps: what compiling took on the clock.
     """
@@ -103,6 +108,7 @@ class Search:
     device: DeviceInfo
     team: Team = field(default_factory=Team.alone)
     progress: Progress | None = None
+    defaults: dict[str, list[Config]] = field(init=False, default_factory=dict)
     tried: dict[str, list[Config]] = field(init=False, default_factory=dict)
     ruled_out: dict[str, int] = field(init=False, default_factory=dict)
     compiled: dict[str, list[Compiled]] = field(init=False, default_factory=dict)
@@ -111,8 +117,10 @@ class Search:
     def __post_init__(self) -> None:
         for item in self.wanted:
             space = config_space(item.problem, self.device, pools(item.layer))
-            self.tried[item.key] = candidates(item.problem, self.device, pools(item.layer), item.budget, space)
-            self.ruled_out[item.key] = len(space) - len(self.tried[item.key])
+            chosen = candidates(item.problem, self.device, pools(item.layer), item.budget, space)
+            self.defaults[item.key] = item.defaults(self.device)
+            self.tried[item.key] = list(dict.fromkeys([*self.defaults[item.key], *chosen]))
+            self.ruled_out[item.key] = len(set(space) - set(self.tried[item.key]))
         self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
 
     def compile(self, workers: int | None = None, seconds: float = math.inf) -> list[Compiled]:
@@ -181,7 +189,7 @@ class Search:
             item = self.wanted[index]
             with torch.cuda.device(item.x.device if item.x.device.type == "cuda" else -1):
                 outcome = self.outcome(item)
-                find(outcome, self.device, self.tried[item.key])
+                find(outcome, self.device, self.tried[item.key], len(self.defaults[item.key]))
             if outcome.entry:
                 store.put([outcome.entry])
             on_outcome(outcome)
@@ -200,13 +208,13 @@ def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> flo
     return len(tried) * (500.0 + estimate_us(wanted.problem, device, tried[0]))
 
 
-def find(outcome: Outcome, device: DeviceInfo, tried: list[Config]) -> None:
-    """Race the configurations that compiled, then time the leaders beside the default (``tried[0]``)."""
+def find(outcome: Outcome, device: DeviceInfo, tried: list[Config], n_defaults: int = 1) -> None:
+    """Race the configurations that compiled, then time the leaders beside the defaults, the first ``n_defaults``."""
     started, wanted = time.monotonic(), outcome.wanted
     bench = LayerBench(wanted.layer, wanted.x, outcome.failures, steps=outcome.steps)
     raced = bench.race(tried)
     leaders = sorted(raced, key=raced.__getitem__)[:FINALISTS]
-    times = bench.final([tried[0], *leaders])
+    times = bench.final(list(dict.fromkeys([*tried[:n_defaults], *leaders])))
     outcome.times = dict(sorted(times.items(), key=lambda item: item[1].median_us))
     if times:
         best = next(iter(outcome.times))

@@ -19,12 +19,12 @@ from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.space import Config
 from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
-from tetris.autotune.timer import Timing
 from tetris.autotune.tune_problems import Outcome, Search, Wanted
 from tetris.bench.report import table
 from tetris.bench.rows import SKIPPED, Row
 from tetris.bench.tuning_cases import FULL, QUICK, SUITES, TuningCase
-from tetris.bench.tuning_rows import Book, failure_rows, job_rows, known_failures, layer_rows, suite_rows
+from tetris.bench.tuning_rows import Book, Checked, failure_rows, job_rows, known_failures, layer_rows, suite_rows
+from tetris.kernels.configs import DeviceInfo
 
 REPEATS = 15
 DTYPE = torch.float16
@@ -120,10 +120,10 @@ def tune_suite(
         started = time.monotonic()
         case = by_name[outcome.wanted.name]
         outcomes.append(outcome)
-        default = search.tried[outcome.wanted.key][0]
-        checked = check(case, [default, *outcome.times], args.device) if args.check else {}
-        ruled_out = search.ruled_out[outcome.wanted.key]
-        book.add(layer_rows(case, outcome, default, checked, ruled_out), failure_rows(case, outcome))
+        key = outcome.wanted.key
+        checked = check(case, list(outcome.times), args.device, search.device) if args.check else None
+        rows = layer_rows(case, outcome, search.defaults[key], checked, search.ruled_out[key])
+        book.add(rows, failure_rows(case, outcome))
         checked_seconds += time.monotonic() - started
 
     made_at = time.monotonic()
@@ -164,7 +164,10 @@ def tune_suite(
     book.add(rows)
 
 
-def check(case: TuningCase, configs: list[Config], device: str) -> dict[Config, Timing]:
-    """Times in a random layout."""
-    other = case.wanted(device, DTYPE, "random")
-    return LayerBench(other.layer, other.x).final(list(dict.fromkeys(configs)), REPEATS)
+def check(case: TuningCase, configs: list[Config], where: str, device: DeviceInfo) -> Checked:
+    """Times in a random layout, beside what runs there where nobody tuned."""
+    other = case.wanted(where, DTYPE, "random")
+    defaults = other.defaults(device)
+    return Checked(
+        defaults, LayerBench(other.layer, other.x).final(list(dict.fromkeys([*defaults, *configs])), REPEATS)
+    )

@@ -13,6 +13,7 @@ from tetris.autotune.tune_problems import Outcome, Search
 from tetris.bench.rows import FAILED, OK, Row, read_csv, write_csv
 from tetris.bench.tuning_cases import TuningCase
 
+PROVIDERS = ("analytic", "default", "tuned")
 FAILURES, JOBS = "tuning_failures.csv", "tuning_jobs.csv"
 
 
@@ -49,10 +50,18 @@ class Book:
             print(f"{row.case} FAILED {row.extra['config']} {row.status}", flush=True)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """The leaders of a search in another layout, and what runs there where nobody tuned."""
+
+    defaults: list[Config]
+    times: dict[Config, Timing]
+
+
 def layer_rows(
-    case: TuningCase, outcome: Outcome, default: Config, checked: dict[Config, Timing], ruled_out: int = 0
+    case: TuningCase, outcome: Outcome, defaults: list[Config], checked: Checked | None, ruled_out: int = 0
 ) -> list[Row]:
-    """A row for the analytic default and one for the choice.
+    """Three rows: what runs with nothing tuned and no table ("analytic"), with the package's ("default"), the choice.
 
     ``fraction``: the choice's time / this one. ``random_us``, ``random_fraction``: in a random layout, where the best
     of the search's leaders counts as 1. ``ruled_out``: valid configurations that the cost model left out;
@@ -61,20 +70,22 @@ def layer_rows(
     entry, extra = outcome.entry, {"suite": case.suite, "count": case.layer.count, "failed": len(outcome.failures)}
     if entry is None:
         return [Row("tuning", case.name, "tuned", status=f"{FAILED}: nothing ran", extra=extra)]
-    extra |= {"tried": entry.tried, "ruled_out": ruled_out, "compiled": len(outcome.steps.kernels)}
-    extra |= {"n_blocks": entry.problem.n_blocks}
-    extra |= {"seconds": outcome.measured_seconds, "compile_seconds": outcome.compile_seconds}
-    best_us = min((time.median_us for time in checked.values()), default=math.nan)
+    extra |= {"n_blocks": entry.problem.n_blocks, "tried": entry.tried, "ruled_out": ruled_out}
+    extra |= {"compiled": len(outcome.steps.kernels), "seconds": outcome.measured_seconds}
+    extra |= {"compile_seconds": outcome.compile_seconds}
+    best_us = min((time.median_us for time in checked.times.values()), default=math.nan) if checked else math.nan
     rows = []
-    for provider, config in (("default", default), ("tuned", entry.config)):
+    for provider, config in (("analytic", defaults[-1]), ("default", defaults[0]), ("tuned", entry.config)):
         if config not in outcome.times:
             rows.append(Row("tuning", case.name, provider, status=f"{FAILED}: {outcome.failures[config]}", extra=extra))
             continue
         time = outcome.times[config]
         more = {"kernel": config.kernel, "config": config.to_key(), "fraction": entry.time_us / time.median_us}
-        if config in checked:
-            random_us = checked[config].median_us
-            more |= {"random_us": random_us, "random_fraction": best_us / random_us}
+        if checked:
+            there = {"analytic": checked.defaults[-1], "default": checked.defaults[0], "tuned": config}[provider]
+            if there in checked.times:
+                random_us = checked.times[there].median_us
+                more |= {"random_us": random_us, "random_fraction": best_us / random_us}
         rows.append(
             Row("tuning", case.name, provider, time.median_us, time.p10_us, time.p90_us, extra={**extra, **more})
         )
@@ -85,7 +96,7 @@ def suite_rows(suite: str, cases: list[TuningCase], rows: list[Row]) -> list[Row
     """All layers of a suite, each as often as the network has it."""
     names = {case.name for case in cases}
     found = []
-    for provider in ("default", "tuned"):
+    for provider in PROVIDERS:
         mine = [row for row in rows if row.case in names and row.provider == provider and row.status == OK]
         us, fraction = weighted([(row.extra["count"] * row.median_us, row.extra["fraction"]) for row in mine])
         checked = [row.extra for row in mine if "random_us" in row.extra]

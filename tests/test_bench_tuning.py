@@ -36,7 +36,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
 def test_every_layer_and_suite_gets_its_rows_and_the_choices_are_stored(args: Namespace, tmp_path: Path) -> None:
     rows = tuning_bench.run(args)
     by_case = {(row.case, row.provider): row for row in rows}
-    assert {provider for case, provider in by_case if case == "small conv"} == {"default", "tuned"}
+    assert {provider for case, provider in by_case if case == "small conv"} == {"analytic", "default", "tuned"}
     for name in ("small conv", "small fc", "small"):
         default, tuned = by_case[name, "default"], by_case[name, "tuned"]
         assert tuned.extra["fraction"] == 1 and default.extra["fraction"] == tuned.median_us / default.median_us <= 1

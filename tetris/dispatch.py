@@ -13,6 +13,7 @@ from torch import Tensor
 from tetris.kernels.configs import (
     Conv2dConfig,
     Conv2dProblem,
+    DeviceInfo,
     LinearConfig,
     LinearProblem,
     default_linear_config,
@@ -90,11 +91,22 @@ def conv2d_launch(
     return Launch(config.to_key(), schedule.tensors, permutes)
 
 
-def linear_launch(problem: LinearProblem, indptr: Tensor, indices: Tensor, *, key: str = "") -> Launch:
-    """The launch of a linear layer on indptr's device; the config of ``key`` as in :func:`conv2d_launch`."""
-    device = device_info(indptr.device)
+def linear_launch(
+    problem: LinearProblem,
+    indptr: Tensor,
+    indices: Tensor,
+    *,
+    key: str = "",
+    device: DeviceInfo | None = None,
+    shipped: bool = True,
+) -> Launch:
+    """The launch of a linear layer; the config of ``key`` as in :func:`conv2d_launch`.
+
+    ``device``: instead of indptr's. ``shipped``: whether the package's tuned choices count.
+    """
+    device = device or device_info(indptr.device)
     longest_row = int(indptr.diff().max())
-    config = LinearConfig.from_key(key) if key else shipped_linear_choice(problem, device)
+    config = LinearConfig.from_key(key) if key else shipped_linear_choice(problem, device) if shipped else None
     if config is not None and config.kernel == "decode" and not key and cutting_pays(problem, longest_row):
         config = None  # tuned on another layout
     if config is None or linear_refuses(problem, device, config) is not None:
