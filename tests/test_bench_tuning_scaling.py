@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,35 +18,60 @@ from tetris.bench import tuning_scaling_bench
 from tetris.bench.rows import read_csv
 
 
-def answer(seconds: float, measured: float, problems: int) -> str:
-    """What a process prints."""
-    walls = {"compile_wall_seconds": seconds - measured, "measure_wall_seconds": measured}
-    parts = walls | {"compile_seconds": 30, "workers": 15}
-    return "result " + json.dumps(parts | {"seconds": seconds, "problems": problems})
+def answers(rank: int, seconds: float, measured: float, problems: int) -> list[str]:
+    """What a process prints: after compiling and at the end."""
+    first = {"rank": rank, "compile_wall_seconds": seconds - measured, "workers": 15, "processors": 16}
+    last = {"rank": rank, "seconds": seconds, "measure_wall_seconds": measured, "compile_seconds": 30}
+    return ["result " + json.dumps(said) + "\n" for said in (first, last | {"problems": problems})]
+
+
+def options(out: Path, processes: list[int]) -> Namespace:
+    return Namespace(suite=["vgg16", "resnet50"], processes=processes, budget=None, run_seconds=60, out=out)
 
 
 def test_without_the_gpus_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    (row,) = tuning_scaling_bench.run(Namespace(suite="vgg16", processes=[1, 2], budget=None, out=tmp_path))
+    (row,) = tuning_scaling_bench.run(options(tmp_path, [1, 2]))
     assert row.status.startswith("skipped") and len(read_csv(tmp_path / "tuning_scaling.csv")) == 1
 
 
 def test_runs_are_compared_with_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process takes 40 s; two take 21 and 20; the last run loses a process."""
-    texts = iter([(answer(40, 30, 15),), (answer(21, 15, 8), answer(20, 16, 7)), (answer(9, 9, 9),)])
+    """One process takes 40 s; two take 21 and 20; the last run loses three processes, one of them after compiling."""
+    one, two = answers(0, 40, 30, 15), [*answers(1, 20, 16, 7), *answers(0, 21, 15, 8)]
+    texts = iter([one, two, [*answers(0, 9, 8, 9), answers(1, 9, 8, 9)[0]]])
     caches: list[str] = []
 
-    def run(command, env, **options):
-        caches.extend((env["TETRIS_CACHE_DIR"], env["TRITON_CACHE_DIR"]))
-        return SimpleNamespace(stdout="\n".join(["noise", *next(texts)]))
+    def lines_of(command, environment, seconds):
+        caches.extend((environment["TETRIS_CACHE_DIR"], environment["TRITON_CACHE_DIR"]))
+        assert command[-4:] == ["0", "4", "vgg16", "resnet50"] and seconds == 60
+        return iter(["noise\n", *next(texts)])
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(tuning_scaling_bench, "lines_of", lines_of)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(tuning_scaling_bench, "device_name", lambda device: "gpu")
-    rows = tuning_scaling_bench.run(Namespace(suite="vgg16", processes=[1, 2, 4], budget=None, out=tmp_path))
-    assert [row.extra.get("seconds") for row in rows] == [40, 21, None]
+    rows = tuning_scaling_bench.run(options(tmp_path, [1, 2, 4]))
+    assert [row.extra.get("seconds") for row in rows] == [40, 21, 9] and rows[0].case == "vgg16+resnet50"
     assert rows[0].speedup == 1 and rows[1].speedup == pytest.approx(40 / 21) and math.isnan(rows[2].speedup)
     assert rows[1].extra["problems"] == "8+7" and rows[1].extra["compile_seconds"] == 60
-    assert rows[1].extra["measure_wall_seconds"] == 16
-    assert rows[2].status == "failed: 1 of 4 processes ended well"
+    assert rows[1].extra["measure_wall_seconds"] == 16 and rows[1].extra["processors"] == 32
+    assert rows[2].status == "failed: 1 of 4 processes ended well" and rows[2].extra["compile_wall_seconds"] == 1
     assert len(set(caches)) == 6, "every run has an empty store and compiles for itself"
+    assert len(read_csv(tmp_path / "tuning_scaling.csv")) == 3
+
+
+def test_lines_come_before_a_run_is_cut_off_and_nothing_of_it_is_left() -> None:
+    sleeper = "import time, os; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeper!r}])"
+    started = time.monotonic()
+    lines = list(tuning_scaling_bench.lines_of([sys.executable, "-c", parent], dict(os.environ), 3.0))
+    assert time.monotonic() - started < 30 and len(lines) == 1
+    status = Path(f"/proc/{int(lines[0])}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z", "the child of the command was ended, too"
+
+
+def test_a_process_keeps_to_its_share_of_the_processors() -> None:
+    code = (
+        "import os; from tetris.bench.tuning_scaling_bench import own_processors\n"
+        "before = len(os.sched_getaffinity(0)); print(own_processors(before, 0), len(os.sched_getaffinity(0)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["1", "1"]
