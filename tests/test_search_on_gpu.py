@@ -84,8 +84,8 @@ def test_nothing_gains_where_there_is_nothing() -> None:
 def test_sweeps_make_the_same_swaps() -> None:
     values, here, there = values_of(24, 6), blocks(24, 4), blocks(24, 4)
     players, epsilon = torch.arange(6), values.new_zeros(())
-    swaps = batched.sweep(values, here, players, 0, 5, epsilon)
-    assert batched.sweep(on_gpu(values), there, players, 0, 5, epsilon) == swaps > 0
+    swaps = batched.sweep(values, here, players, epsilon)
+    assert batched.sweep(on_gpu(values), there, players, epsilon) == swaps > 0
     assert torch.equal(here.order, there.order)
 
 

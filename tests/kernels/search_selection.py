@@ -9,7 +9,7 @@ import torch
 
 from tetris.layout import ceil_div
 from tetris.search import annealing, greedy, sums, transport
-from tetris.search.batched import sweep, turns_of_sweep
+from tetris.search.batched import sweep
 from tetris.search.partition import Partition
 
 SIZES = ((260, 2, 4), (137, 8, 1), (96, 32, 4), (100, 33, 2))
@@ -48,8 +48,8 @@ def tournament_error(n: int, edge: int) -> float:
     """Positions that hold another slice than on the CPU."""
     values, here, there = _both(n, edge)
     epsilon = torch.zeros(())
-    sweep(values, here, here.groups, 0, turns_of_sweep(here.n_groups), epsilon)
-    sweep(values.cuda(), there, there.groups, 0, turns_of_sweep(here.n_groups), epsilon.cuda())
+    sweep(values, here, here.groups, epsilon)
+    sweep(values.cuda(), there, there.groups, epsilon.cuda())
     return _differing(here, there)
 
 

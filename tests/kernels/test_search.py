@@ -96,7 +96,7 @@ def test_tournament_matches_the_compiled_loops(n, edge, high, uniform, device, o
     partition = blocks(n, edge)
     players = torch.randperm(partition.n_groups, generator=torch.Generator().manual_seed(2))
     epsilon = values.new_zeros(())
-    swaps = sweep(values, partition, players, 3, 5, epsilon)
+    swaps = sweep(values, partition, players, epsilon, 3, 5)
     operands = [t.to(device) for t in (values, torch.arange(n), partition.offsets, players)]
     made = play_tournament(*operands, 3, 5, epsilon.to(device), capacity=edge, processors=1, uniform=uniform)
     assert int(made) == swaps and torch.equal(operands[1].cpu(), partition.order)

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from tetris.search.alternation import Budget, Progress
-from tetris.search.batched import sweep, turns_of_sweep
+from tetris.search.batched import sweep
 from tetris.search.lanes import Lanes
 from tetris.search.replay import Replayed
 from tetris.search.sums import processors, require_triton
@@ -184,8 +184,8 @@ def _step(chain: _Chain, temperature: float | torch.Tensor, players: dict[Key, t
             masks.append(soft_mask(sums, problem.n_keep, temperature, noise))
         partition = system.partitions[key]
         if partition.n_groups > 1:
-            values, turns = system.values(key, masks, exact=False), turns_of_sweep(partition.n_groups)
-            sweep(values, partition, players[key].to(device), 0, turns, values.new_zeros(()))
+            values = system.values(key, masks, exact=False)
+            sweep(values, partition, players[key].to(device), values.new_zeros(()))
             system.changed(key)
 
 

@@ -17,20 +17,15 @@ from tetris.search.sums import processors, require_triton
 _PARALLEL_GROUPS = 128
 
 
-def turns_of_sweep(n_groups: int) -> int:
-    """Turns after which every two groups have met once."""
-    return n_groups - 1 + n_groups % 2
-
-
 def sweep(
     values: torch.Tensor,
     partition: Partition,
     players: torch.Tensor,
-    first_turn: int,
-    turns: int,
     epsilon: torch.Tensor,
+    first_turn: int = 0,
+    turns: int | None = None,
 ) -> int | torch.Tensor:
-    """Turns ``first_turn .. first_turn + turns - 1`` of a tournament; ``partition.order`` changes in place.
+    """A tournament, or some turns of one; ``partition.order`` changes in place.
 
     Ties go to the slice of the lowest number; every group ends up in the order of its slices' numbers.
 
@@ -38,48 +33,41 @@ def sweep(
         values: [n, R] importance that each slice keeps in each group, contiguous.
         players: int64 [R]; the group that plays as each contestant, a permutation.
         epsilon: one number, values' dtype and device: smallest gain worth a swap.
+        first_turn, turns: by default all, after which every two groups have met once.
     Returns:
         the number of swaps; on a GPU a tensor there, so that nothing waits for it.
     Cost:
         about 4 n reads a turn.
     """
+    n_groups = partition.n_groups
+    turns = n_groups - 1 + n_groups % 2 if turns is None else turns
+    order, offsets = partition.order, partition.offsets
     if values.is_cuda:
-        return _sweep_on_gpu(values, partition, players, first_turn, turns, epsilon)
+        require_triton("reorder")
+        from tetris.kernels.pair_split import play_tournament
+
+        return play_tournament(
+            values,
+            order,
+            offsets,
+            players,
+            first_turn,
+            turns,
+            epsilon,
+            capacity=partition.capacity,
+            uniform=partition.edge is not None,
+            processors=processors(values.device),
+        )
     from tetris.search import numba_kernels
 
-    play = numba_kernels.sweep_parallel if partition.n_groups >= _PARALLEL_GROUPS else numba_kernels.sweep
-    order, offsets = partition.order.numpy(), partition.offsets.numpy()
-    return int(play(values.numpy(), order, offsets, players.numpy(), first_turn, turns, epsilon.numpy()[()]))
-
-
-def _sweep_on_gpu(
-    values: torch.Tensor,
-    partition: Partition,
-    players: torch.Tensor,
-    first_turn: int,
-    turns: int,
-    epsilon: torch.Tensor,
-) -> torch.Tensor:
-    require_triton("reorder")
-    from tetris.kernels.pair_split import play_tournament
-
-    return play_tournament(
-        values,
-        partition.order,
-        partition.offsets,
-        players,
-        first_turn,
-        turns,
-        epsilon,
-        capacity=partition.capacity,
-        uniform=partition.edge is not None,
-        processors=processors(values.device),
-    )
+    play = numba_kernels.sweep_parallel if n_groups >= _PARALLEL_GROUPS else numba_kernels.sweep
+    least = epsilon.numpy()[()]
+    return int(play(values.numpy(), order.numpy(), offsets.numpy(), players.numpy(), first_turn, turns, least))
 
 
 def batched(values: torch.Tensor, partition: Partition) -> int | torch.Tensor:
     """A sweep, then the best swap until none gains more than rounding, in place; returns the number of swaps."""
     if partition.n_groups < 2:
         return 0
-    turns = turns_of_sweep(partition.n_groups)
-    return sweep(values, partition, partition.groups, 0, turns, smallest_gain(values)) + greedy(values, partition)
+    swaps = sweep(values, partition, partition.groups, smallest_gain(values))
+    return swaps + greedy(values, partition)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tetris.search.batched import sweep, turns_of_sweep
+from tetris.search.batched import sweep
 from tetris.search.partition import Partition
 from tetris.search.sums import processors, require_triton
 
@@ -105,20 +105,20 @@ def _solve_on_cpu(
     values: torch.Tensor, partition: Partition, tolerance: torch.Tensor
 ) -> tuple[int, bool, torch.Tensor]:
     """(moves, whether it ended, prices)."""
-    from tetris.search import numba_kernels, numba_transport
+    from tetris.search import numba_transport
 
-    host, order, offsets = values.cpu().contiguous().numpy(), partition.order.cpu(), partition.offsets.cpu().numpy()
-    players, turns, moves = partition.groups.cpu().numpy(), turns_of_sweep(partition.n_groups), 0
+    values, moves = values.cpu().contiguous(), 0
+    host = Partition(partition.order.cpu(), partition.offsets.cpu())
     for _ in range(_MAX_SWEEPS):
-        swaps = numba_kernels.sweep(host, order.numpy(), offsets, players, 0, turns, host.dtype.type(tolerance.item()))
-        moves += int(swaps)
+        swaps = int(sweep(values, host, host.groups, tolerance.cpu().to(values.dtype)))
+        moves += swaps
         if not swaps:
             break
     prices = torch.zeros(partition.n_groups, dtype=torch.float64)
     cancelled, ended = numba_transport.cancel_cycles(
-        host, order.numpy(), offsets, prices.numpy(), tolerance.item(), _MAX_PASSES
+        values.numpy(), host.order.numpy(), host.offsets.numpy(), prices.numpy(), tolerance.item(), _MAX_PASSES
     )
-    partition.order.copy_(order)
+    partition.order.copy_(host.order)
     return moves + int(cancelled), bool(ended), prices
 
 
@@ -133,10 +133,10 @@ def _solve_on_gpu(
     from tetris.kernels.cycle_cancel import cancel_cycles
 
     assert partition.edge is not None
-    turns, epsilon = turns_of_sweep(partition.n_groups), tolerance.to(values.dtype)
+    epsilon = tolerance.to(values.dtype)
     swaps = torch.zeros((), dtype=torch.int64, device=values.device)
     for _ in range(_SWEEPS):
-        swaps += sweep(values, partition, partition.groups, 0, turns, epsilon)
+        swaps += sweep(values, partition, partition.groups, epsilon)
     cores = processors(values.device)
     return swaps, *cancel_cycles(values, partition.order, partition.edge, tolerance, processors=cores)
 
