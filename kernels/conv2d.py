@@ -12,6 +12,7 @@ from tetris.kernels.configs import Conv2dConfig, conv2d_output_size, is_power_of
 from tetris.kernels.conv2d_device import conv2d_descriptor_kernel, conv2d_pointer_kernel
 from tetris.kernels.descriptors import describable, describe
 from tetris.kernels.permute import permute_channels
+from tetris.kernels.recording import launch
 from tetris.layout import ceil_div
 
 
@@ -111,7 +112,9 @@ def block_sparse_conv2d(
         n_tiles = ceil_div(n, images) * tiles_h * tiles_w
         box = [images, tile_h, tile_w]
         store_box = output_permutation is None and residual is None and describable(y)
-        conv2d_descriptor_kernel[(n_out_tiles * n_tiles,)](
+        launch(
+            conv2d_descriptor_kernel,
+            (n_out_tiles * n_tiles,),
             describe(x_view, [*box, tile_k]),
             describe(values.view(-1, block_in), [tile_out, tile_k]),
             describe(y_view, [*box, tile_out]) if store_box else None,
@@ -138,7 +141,9 @@ def block_sparse_conv2d(
         return y.permute(0, 3, 1, 2)
 
     n_tiles = ceil_div(batch * out_h * out_w, config.tile_pixels)
-    conv2d_pointer_kernel[(n_out_tiles * n_tiles,)](
+    launch(
+        conv2d_pointer_kernel,
+        (n_out_tiles * n_tiles,),
         x,
         values,
         y,

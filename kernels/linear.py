@@ -14,6 +14,7 @@ from tetris.kernels.configs import LinearConfig, is_power_of_two_tile, next_powe
 from tetris.kernels.descriptors import describable, describe
 from tetris.kernels.epilogue import activate, add_bias, program_tile, scale_rows, store_rows
 from tetris.kernels.permute import permute_channels
+from tetris.kernels.recording import launch
 from tetris.kernels.widen import widen
 from tetris.layout import ceil_div
 
@@ -227,7 +228,9 @@ def block_sparse_linear(
         and describable(values)
     ):
         store_box = output_permutation is None and residual is None and describable(y)
-        linear_descriptor_kernel[grid](
+        launch(
+            linear_descriptor_kernel,
+            grid,
             describe(rows, [config.tile_tokens, tile_k]),
             describe(values.view(-1, block_in), [tile_out, tile_k]),
             describe(y, [config.tile_tokens, tile_out]) if store_box else None,
@@ -247,7 +250,9 @@ def block_sparse_linear(
         )
         return output
 
-    linear_pointer_kernel[grid](
+    launch(
+        linear_pointer_kernel,
+        grid,
         rows,
         values,
         y,

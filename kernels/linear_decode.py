@@ -17,6 +17,7 @@ import triton.language as tl
 
 from tetris.kernels.configs import LinearConfig, next_power_of_two
 from tetris.kernels.epilogue import activate
+from tetris.kernels.recording import launch
 from tetris.kernels.widen import widen
 from tetris.layout import ceil_div
 
@@ -151,7 +152,9 @@ def block_sparse_linear(
         return output
     block_out, block_in = values.shape[-2:]
     tile_out = next_power_of_two(min(config.tile_out or block_out, block_out), 16)
-    linear_decode_kernel[((len(indptr) - 1) * ceil_div(block_out, tile_out),)](
+    launch(
+        linear_decode_kernel,
+        ((len(indptr) - 1) * ceil_div(block_out, tile_out),),
         rows,
         values,
         y,

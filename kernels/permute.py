@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from tetris.kernels.configs import next_power_of_two
+from tetris.kernels.recording import launch
 from tetris.layout import ceil_div
 
 SHUFFLED_CHANNELS = 256
@@ -71,15 +72,14 @@ def permute_channels(x: torch.Tensor, permutation: torch.Tensor, *, dim: int) ->
     y = torch.empty_like(rows)
     if y.numel():
         item, tile_c = x.element_size(), next_power_of_two(channels)
+        operands, row_stride = (rows, y, permutation), rows.stride(0)
         if channels <= SHUFFLED_CHANNELS:
             tile_m = max(1, SHUFFLED_TILE_BYTES // (tile_c * item))
-            permute_rows_kernel[(ceil_div(len(rows), tile_m),)](
-                rows, y, permutation, len(rows), rows.stride(0), channels, tile_m, tile_c, num_warps=1
-            )
+            grid, tile = (ceil_div(len(rows), tile_m),), (tile_m, tile_c)
+            launch(permute_rows_kernel, grid, *operands, len(rows), row_stride, channels, *tile, num_warps=1)
         else:
             tile_c = min(tile_c, SCATTERED_TILE_BYTES // item)
             tiles_c = ceil_div(channels, tile_c)
-            gather_rows_kernel[(len(rows) * tiles_c,)](
-                rows, y, permutation, channels, rows.stride(0), tiles_c, tile_c, num_warps=1
-            )
+            grid = (len(rows) * tiles_c,)
+            launch(gather_rows_kernel, grid, *operands, channels, row_stride, tiles_c, tile_c, num_warps=1)
     return y.view(moved.shape).movedim(-1, dim)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tetris.kernels.configs import StemConfig, conv2d_output_size, next_power_of_two
 from tetris.kernels.epilogue import activate
+from tetris.kernels.recording import launch
 from tetris.layout import ceil_div
 
 
@@ -114,7 +115,9 @@ def stem_conv2d(
     if pixels == 0:
         return y
     tile_out = min(next_power_of_two(c_out, 16), config.tile_out)
-    stem_conv2d_kernel[(ceil_div(pixels, config.tile_pixels), ceil_div(c_out, tile_out))](
+    launch(
+        stem_conv2d_kernel,
+        (ceil_div(pixels, config.tile_pixels), ceil_div(c_out, tile_out)),
         x, weight, y, bias, pixels, height, width, h_out, w_out, c_out,
         C_IN=c_in, KH=kernel_size[0], KW=kernel_size[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
         PADDING_H=padding[0], PADDING_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],

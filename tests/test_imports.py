@@ -35,6 +35,7 @@ LAYERS: dict[str, int] = {
     "kernels": 2,
     # L3: operators and the search
     "dispatch": 3,
+    "eager": 3,
     "tuned_choices": 3,
     "ops": 3,
     "search": 3,

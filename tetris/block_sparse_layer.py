@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tetris import ops
 from tetris.dispatch import Launch, dtype_name
+from tetris.eager import EagerCalls
 from tetris.errors import ShapeError, describe
 from tetris.layout import BlockLayout
 from tetris.packing import unpack
@@ -94,6 +95,21 @@ class BlockSparseLayer(FusedLayer):
         self._prepared_from: tuple | None = None
         self._launches: dict[tuple, Launch] = {}
         self._launches_from: tuple | None = None
+        self._calls = EagerCalls()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._calls(self, self._forward, x, residual)
+
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def eager_key(self) -> tuple:
+        """What a call depends on beside tensors, see :class:`~tetris.eager.EagerCalls`."""
+        return self.activation, self.max_pool, self.config
+
+    def eager_constants(self) -> list[Tensor]:
+        """Tensors beside parameters and buffers that kernels read: the schedules."""
+        return [tensor for launch in self._launches.values() for tensor in launch.schedule]
 
     @property
     def layout(self) -> BlockLayout:
@@ -170,17 +186,18 @@ class BlockSparseLayer(FusedLayer):
         """
         if x.device.type == "cpu":
             return self._call(x, residual, (self.input_permutation, self.output_permutation), Launch())
+        permute = ops.run_permutation if ops.directly() else ops.permute_channels
         if self.input_permutation is not None:
-            x = ops.permute_channels(x, self.input_permutation, dim)
+            x = permute(x, self.input_permutation, dim)
         launch = self.launch(x)
         if self.output_permutation is None:
             return self._call(x, residual, (None, None), launch)
         if launch.permutes_output and residual is None:
             return self._call(x, None, (None, self.output_permutation), launch)
         if residual is not None:
-            residual = ops.permute_channels(residual, self.output_permutation, dim)
+            residual = permute(residual, self.output_permutation, dim)
         assert self._output_gather is not None
-        return ops.permute_channels(self._call(x, residual, (None, None), launch), self._output_gather, dim)
+        return permute(self._call(x, residual, (None, None), launch), self._output_gather, dim)
 
     def launch(self, x: Tensor) -> Launch:
         """Config and schedule for inputs like ``x``, made at the first such input and kept; nothing is tuned here.
@@ -217,7 +234,7 @@ class BlockSparseLayer(FusedLayer):
         self._launches.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_prepared_from": None, "_launches": {}}
+        return {**self.__dict__, "_prepared": None, "_prepared_from": None, "_launches": {}, "_calls": EagerCalls()}
 
     def extra_repr(self) -> str:
         parts = [f"{self.shape[1]}, {self.shape[0]}", f"block={self.block[0]}x{self.block[1]}"]

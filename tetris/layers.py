@@ -118,7 +118,7 @@ class BlockSparseLinear(BlockSparseLayer):
             output_permutation=self.output_permutation, tokens=x.numel() // self.in_features,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         self._check_input(x, -1, None, "BlockSparseLinear")
         ops.check_dtypes("BlockSparseLinear", x, self.values)
         if self._use_prepared(x):
@@ -126,7 +126,8 @@ class BlockSparseLinear(BlockSparseLayer):
         return self._run(x, residual, -1)
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
-        return ops.block_sparse_linear(
+        linear = ops.run_linear if ops.directly() else ops.block_sparse_linear
+        return linear(
             x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
             self.out_features, self.activation, torch.backends.cuda.matmul.allow_tf32, launch.config, self.scales,
         )  # fmt: skip
@@ -220,7 +221,7 @@ class BlockSparseConv2d(BlockSparseLayer):
             output_permutation=self.output_permutation, pixels=x.numel() // self.in_channels,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         self._check_input(x, 1, 4, "BlockSparseConv2d")
         ops.check_dtypes("BlockSparseConv2d", x, self.values)
         if self._use_prepared(x):
@@ -231,7 +232,8 @@ class BlockSparseConv2d(BlockSparseLayer):
         return self._run(x, residual, 1)
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
-        return ops.block_sparse_conv2d(
+        conv2d = ops.run_conv2d if ops.directly() else ops.block_sparse_conv2d
+        return conv2d(
             x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
             self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
             self.max_pool, torch.backends.cudnn.allow_tf32, launch.config,

@@ -3,6 +3,7 @@
 Registration gives them shapes without data (fake kernels), gradients and an identity that torch.compile, CUDA graphs
 and torch.export can keep. A CUDA tensor runs a Triton kernel, a CPU tensor native dense operations on the kept inputs.
 Arguments are plain: packed values and their layout, permutations or None, a config as JSON ("" = analytic default).
+The functions ``run_...`` are what the operations do on a GPU; a recorder that is watching has them called directly.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tetris.kernels.configs import (
 from tetris.kernels.conv2d_paths import conv2d_launcher
 from tetris.kernels.device import device_info
 from tetris.kernels.linear_paths import SCHEDULED, linear_launcher, refuses_weights
+from tetris.kernels.recording import watched
 from tetris.quantization import LARGEST, dequantize
 from tetris.reference import dense_weight, finish
 
@@ -50,6 +52,11 @@ def linear_config(problem: LinearProblem, device: DeviceInfo, key: str) -> Linea
     return LinearConfig.from_key(key) if key else default_linear_config(problem, device)
 
 
+def directly() -> bool:
+    """Whether to call ``run_...`` and not the operation: a recorder wants to see the kernels."""
+    return not torch.compiler.is_compiling() and watched()
+
+
 def check_dtypes(op: str, x: Tensor, values: Tensor) -> None:
     """Inputs and weights must share one device and, unless the weights are quantised, one supported dtype."""
     fits = x.dtype == values.dtype or values.dtype in LARGEST
@@ -61,8 +68,7 @@ def check_dtypes(op: str, x: Tensor, values: Tensor) -> None:
 
 
 # -- convolution ------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("tetris::block_sparse_conv2d", mutates_args=(), device_types="cuda")
-def block_sparse_conv2d(
+def run_conv2d(
     x: Tensor,
     values: Tensor,
     indptr: Tensor,
@@ -143,6 +149,11 @@ def block_sparse_conv2d(
     return F.max_pool2d(y, 2) if max_pool and "max_pool" not in extra else y
 
 
+block_sparse_conv2d = torch.library.custom_op(
+    "tetris::block_sparse_conv2d", run_conv2d, mutates_args=(), device_types="cuda"
+)
+
+
 @block_sparse_conv2d.register_kernel("cpu")
 def _conv2d_cpu(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
@@ -180,8 +191,7 @@ def _conv2d_dense(x, values, bias, residual, indptr, indices, input_permutation,
 
 
 # -- linear -----------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("tetris::block_sparse_linear", mutates_args=(), device_types="cuda")
-def block_sparse_linear(
+def run_linear(
     x: Tensor,
     values: Tensor,
     indptr: Tensor,
@@ -199,7 +209,7 @@ def block_sparse_linear(
 ) -> Tensor:
     """activation(x W^T + bias + residual), W block-sparse (eq. 2); x is [..., C_IN], the result [..., C_OUT].
 
-    Arguments as in :func:`block_sparse_conv2d`; values are [n_blocks, BLOCK_OUT, BLOCK_IN], of x's dtype or quantised
+    Arguments as in :func:`run_conv2d`; values are [n_blocks, BLOCK_OUT, BLOCK_IN], of x's dtype or quantised
     (``tetris.quantization``) with fp32 ``scales`` [C_OUT] in block-row order.
     Cost: 2 tokens n_blocks BLOCK_OUT BLOCK_IN FLOP.
     """
@@ -233,6 +243,11 @@ def block_sparse_linear(
     )
 
 
+block_sparse_linear = torch.library.custom_op(
+    "tetris::block_sparse_linear", run_linear, mutates_args=(), device_types="cuda"
+)
+
+
 @block_sparse_linear.register_kernel("cpu")
 def _linear_cpu(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
@@ -264,13 +279,17 @@ def _linear_dense(x, values, bias, residual, indptr, indices, input_permutation,
 
 
 # -- channel permutation ----------------------------------------------------------------------------------------------
-@torch.library.custom_op("tetris::permute_channels", mutates_args=(), device_types="cuda")
-def permute_channels(x: Tensor, permutation: Tensor, dim: int) -> Tensor:
+def run_permutation(x: Tensor, permutation: Tensor, dim: int) -> Tensor:
     """y[..., j, ...] = x[..., permutation[j], ...] along ``dim``: pure data movement, x read and y written once."""
     device_info(x.device)
     from tetris.kernels.permute import permute_channels as launch
 
     return launch(x, permutation, dim=dim)
+
+
+permute_channels = torch.library.custom_op(
+    "tetris::permute_channels", run_permutation, mutates_args=(), device_types="cuda"
+)
 
 
 @permute_channels.register_kernel("cpu")

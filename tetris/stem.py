@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris.block_sparse_layer import FusedLayer
+from tetris.eager import EagerCalls
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import StemConfig, conv2d_output_size
 from tetris.kernels.cpu.epilogue import finish_
 from tetris.kernels.device import device_info
 from tetris.layers import pair, supported_padding
-from tetris.ops import check_dtypes
+from tetris.ops import check_dtypes, directly
 from tetris.packing import pack_stem, unpack_stem
 
 MOST_CHANNELS = 8
 """Input channels up to which all taps together are a short reduction."""
 
 
-@torch.library.custom_op("tetris::stem_conv2d", mutates_args=(), device_types="cuda")
-def stem_conv2d(
+def run_stem(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -49,6 +49,9 @@ def stem_conv2d(
         activation=activation, allow_tf32=allow_tf32, config=StemConfig(),
     )  # fmt: skip
     return F.max_pool2d(y, 2) if max_pool else y
+
+
+stem_conv2d = torch.library.custom_op("tetris::stem_conv2d", run_stem, mutates_args=(), device_types="cuda")
 
 
 @stem_conv2d.register_kernel("cpu")
@@ -93,6 +96,7 @@ class StemConv2d(FusedLayer):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
         self.activation, self.max_pool = activation, max_pool
+        self._calls = EagerCalls()
         weight = torch.zeros(out_channels, kernel_size[0] * kernel_size[1] * in_channels)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_channels), requires_grad=False) if bias else None
@@ -121,12 +125,24 @@ class StemConv2d(FusedLayer):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._calls(self, self._forward, x, None)
+
+    def eager_key(self) -> tuple:
+        """What a call depends on beside tensors, see :class:`~tetris.eager.EagerCalls`."""
+        return self.activation, self.max_pool
+
+    def eager_constants(self) -> list[Tensor]:
+        """There are none beside parameters."""
+        return []
+
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ShapeError(
                 f"StemConv2d: wanted input [N, C_IN, H, W] with C_IN = {self.in_channels}; got {describe(x)}"
             )
         check_dtypes("StemConv2d", x, self.weight)
-        return stem_conv2d(
+        convolve = run_stem if directly() else stem_conv2d
+        return convolve(
             x, self.weight, self.bias, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
             self.max_pool, torch.backends.cudnn.allow_tf32,
         )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Repeated calls on a GPU give, bit for bit, what the registered operations give."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from tetris.autotune.timer import graphed
+from tetris.bench.eager_bench import CASES, EagerCase, kernel_of, layers
+from tetris.stem import StemConv2d
+
+pytestmark = pytest.mark.gpu
+
+
+def made(case: EagerCase) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """(layer, input, a residual) of a case."""
+    dense, layer, x = layers(case, "cuda", case.dtype)
+    with torch.no_grad():
+        residual = torch.randn_like(dense(x))
+    return layer, x, residual
+
+
+def slow(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Through the registered operations."""
+    return layer._forward(x, residual)  # type: ignore[operator]
+
+
+def repeats(layer: nn.Module) -> int:
+    """Kinds of calls that the layer repeats."""
+    return sum(recording is not None for recording in layer._calls._recordings.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@torch.no_grad()
+def test_every_kernel_is_repeated_with_the_same_result(case: EagerCase) -> None:
+    layer, x, residual = made(case)
+    for given in (None,) if isinstance(layer, StemConv2d) else (None, residual):
+        extra = () if given is None else (given,)
+        layer(x, *extra)
+        assert layer._calls.refused == "", f"{kernel_of(layer, x)}: {layer._calls.refused}"
+        for _ in range(3):
+            other = torch.randn_like(x)
+            y = layer(other, *extra)
+            expected = slow(layer, other, given)
+            assert torch.equal(y, expected) and y.stride() == expected.stride()
+    assert repeats(layer) == (1 if isinstance(layer, StemConv2d) else 2)
+
+
+SPLIT = next(case for case in CASES if case.kernel == "split")
+CONV = next(case for case in CASES if case.kernel == "hopper" and case.size)
+
+
+@pytest.mark.parametrize("case", [SPLIT, CONV], ids=["linear", "convolution"])
+@torch.no_grad()
+def test_changed_weights_are_seen(case: EagerCase) -> None:
+    layer, x, _ = made(case)
+    before = layer(x)
+    layer.values.mul_(2)
+    assert torch.equal(layer(x), slow(layer, x)) and not torch.equal(layer(x), before)
+    layer.bias = nn.Parameter(torch.ones_like(layer.bias), requires_grad=False)
+    assert torch.equal(layer(x), slow(layer, x))
+    layer.bias.data = torch.full_like(layer.bias, 2.0)
+    assert torch.equal(layer(x), slow(layer, x))
+    layer.activation = "none"
+    assert torch.equal(layer(x), slow(layer, x)) and bool((layer(x) < 0).any())
+    state = {
+        name: torch.zeros_like(tensor) if name == "values" else tensor for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), slow(layer, x)) and not torch.equal(layer(x), before)
+    moved = copy.deepcopy(layer).cpu().cuda()
+    assert torch.equal(moved(x), layer(x))
+
+
+@torch.no_grad()
+def test_other_inputs_are_recorded_apart() -> None:
+    layer, x, _ = made(SPLIT)
+    layer(x)
+    wide = torch.randn(64, 2 * x.shape[1], device="cuda", dtype=x.dtype)
+    flat = torch.randn(x.numel() + 1, device="cuda", dtype=x.dtype)
+    inputs = [x[:7], x.view(4, 16, -1), wide[:, : x.shape[1]], flat[1:].view_as(x), x.t().contiguous().t()]
+    for other in inputs:
+        for _ in range(2):
+            assert torch.equal(layer(other), slow(layer, other))
+    shared = torch.randn(128, 4096, device="cuda", dtype=x.dtype)
+    y = layer(shared[:64], shared[64:])  # input and residual in one piece of memory
+    assert torch.equal(y, slow(layer, shared[:64], shared[64:]))
+
+
+def test_gradients_and_compilers_go_through_the_operation() -> None:
+    layer, x, _ = made(SPLIT)
+    layer(x)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    assert leaf.grad is not None and bool(leaf.grad.abs().sum() > 0)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+        assert torch.equal(compiled(x), expected)
+        exported = torch.export.export(layer, (x,)).module()
+        assert torch.equal(exported(x), expected)
+        traced = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+        assert any("block_sparse_linear" in str(node.target) for node in traced.graph.nodes)
+
+
+@torch.no_grad()
+def test_graphs_replay_repeated_calls() -> None:
+    layer, x, _ = made(CONV)
+    outputs: list[torch.Tensor] = []
+    replay = graphed(lambda: outputs.append(layer(x)))
+    x.copy_(torch.randn_like(x))
+    replay()
+    assert torch.equal(outputs[-1], layer(x)) and repeats(layer) == 1
+
+
+@torch.no_grad()
+def test_threads_and_streams_share_a_layer() -> None:
+    layer, x, _ = made(CONV)
+    xs = [torch.randn_like(x) for _ in range(4)]
+    expected, got = [slow(layer, other) for other in xs], [None] * 4
+
+    def work(index: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            for _ in range(20):
+                got[index] = layer(xs[index])
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
