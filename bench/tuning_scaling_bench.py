@@ -33,6 +33,7 @@ from tetris.bench.rows import FAILED, SKIPPED, Row, write_csv
 from tetris.bench.tuning_cases import SUITES
 
 RESULT = "result "
+GRACE_SECONDS = 15.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,20 +85,29 @@ def run_processes(processes: int, args: argparse.Namespace, most: int, folder: P
 
 
 def lines_of(command: list[str], environment: dict[str, str], seconds: float) -> Iterator[str]:
-    """The lines that a command and its children print, as they come; all of them are ended after ``seconds``."""
+    """The lines that a command and its children print, as they come; all of them are ended after ``seconds``.
+
+    It is asked to end, and killed :data:`GRACE_SECONDS` later: the processes of torchrun have sessions of their own and
+    only torchrun can end them.
+    """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
     assert process.stdout is not None
-    alarm = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-    alarm.start()
+    alarms = [
+        threading.Timer(seconds, os.killpg, (process.pid, signal.SIGTERM)),
+        threading.Timer(seconds + GRACE_SECONDS, os.killpg, (process.pid, signal.SIGKILL)),
+    ]
+    for alarm in alarms:
+        alarm.start()
     try:
         yield from process.stdout
         process.wait()
     finally:
-        alarm.cancel()
+        for alarm in alarms:
+            alarm.cancel()
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
             process.wait()
 
 
