@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tetris.autotune.problems import LayerInput
+from tetris.autotune.problems import LayerInput, Problem
 from tetris.autotune.tune_problems import Wanted
 from tetris.bench.cases import (
     RESNET50_CONVS,
@@ -20,6 +20,7 @@ from tetris.bench.cases import (
     random_layout,
     scaled_weight,
 )
+from tetris.kernels.configs import Conv2dProblem, LinearProblem
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
 from tetris.pruning import fit_block
@@ -43,13 +44,32 @@ class TuningCase:
     def name(self) -> str:
         return f"{self.suite} {self.layer.name}"
 
+    @property
+    def is_convolution(self) -> bool:
+        return isinstance(self.layer, ConvCase)
+
+    @property
+    def fitted_block(self) -> tuple[int, int]:
+        """The block that the layer gets."""
+        return fit_block(self.block, _channels(self.layer))
+
+    def problem(self, n_blocks: int) -> Problem:
+        """What ``wanted(...).problem`` is in float16 where so many blocks are stored."""
+        case, (c_out, c_in) = self.layer, _channels(self.layer)
+        if isinstance(case, LinearCase):
+            return LinearProblem(case.tokens, c_in, c_out, self.fitted_block, "float16", n_blocks)
+        kernel, stride, padding = case.kernel_size, case.stride, case.padding
+        return Conv2dProblem(
+            case.batch, c_in, c_out, case.height, case.width, (kernel, kernel), (stride, stride), (padding, padding),
+            (1, 1), self.fitted_block, "float16", n_blocks,
+        )  # fmt: skip
+
     def wanted(
         self, device: str, dtype: torch.dtype, layout_kind: str = "reordered", budget: int | None = None
     ) -> Wanted:
         """The layer with random values; ``layout_kind`` as in ``cases.LAYOUTS``, ``budget`` as for ``candidates``."""
         case, options = self.layer, {"activation": self.activation}
-        c_out, c_in = (case.c_out, case.c_in) if isinstance(case, ConvCase) else (case.out_features, case.in_features)
-        block = fit_block(self.block, (c_out, c_in))
+        (c_out, c_in), block = _channels(case), self.fitted_block
         kept = _layout((c_out, c_in), block, case.kept, device, layout_kind)
         taps = (case.kernel_size**2,) if isinstance(case, ConvCase) else ()
         values = torch.randn(kept.n_blocks, *taps, *block, device=device).to(dtype) / c_in**0.5
@@ -65,6 +85,11 @@ class TuningCase:
         return Wanted(
             self.name, conv, LayerInput((case.batch, c_in, case.height, case.width), dtype, gpu, True), budget
         )
+
+
+def _channels(case: ConvCase | LinearCase) -> tuple[int, int]:
+    """Of the output and the input."""
+    return (case.c_out, case.c_in) if isinstance(case, ConvCase) else (case.out_features, case.in_features)
 
 
 @lru_cache(maxsize=64)

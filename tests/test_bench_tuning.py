@@ -126,3 +126,10 @@ def test_suites_are_the_targets() -> None:
     assert conv.layer.indptr.diff().max() > other.layer.indptr.diff().max(), "rows are less uneven"
     small = CASES["vgg16 b8 conv1_2"].wanted("cpu", torch.float32)
     assert small.problem.block == (32, 32) and len(small.layer.indptr) == 3, "two block rows at least"
+
+
+@pytest.mark.parametrize("name", ["vgg16 b8 conv1_2", "resnet50 b128 3x3 512@14 /2", "transformer 16 tokens 4096-1024"])
+def test_a_case_knows_its_problem_without_a_layer(name: str) -> None:
+    wanted = CASES[name].wanted("cpu", torch.float16, "random")
+    assert CASES[name].problem(wanted.layer.n_blocks) == wanted.problem
+    assert CASES[name].is_convolution == (not name.startswith("transformer"))
