@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from tetris.autotune.device import device_name, versions
-from tetris.bench.reorder_cases import ReorderCase, quality_cases
+from tetris.bench.reorder_cases import ReorderCase, quality_cases, vgg16_layers
+from tetris.bench.reorder_compile import compile_ahead, problems_of
 from tetris.bench.reorder_times import METHODS, measure_vgg16
 from tetris.bench.report import geometric_mean
 from tetris.bench.rows import Row, write_csv
@@ -30,7 +31,7 @@ SECONDS_BETWEEN_FILES = 2.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--seeds", type=int, default=3, help="random matrices of every kind")
-    parser.add_argument("--part", choices=("all", "quality", "vgg16"), default="all", help="what to measure")
+    parser.add_argument("--part", choices=("all", "quality", "vgg16", "compile"), default="all", help="what to measure")
     parser.add_argument("--matrices", nargs="+", help="only these kinds of matrix, such as gaussian or planted")
     parser.add_argument("--blocks", nargs="+", help="only these blocks, such as 32x32")
     parser.add_argument("--sigmas", nargs="+", type=float, default=[0.0, 0.6], help="spread of VGG16's channels")
@@ -38,8 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """Speed over VGG16, then quality over the suite. The CSV grows as rows come, so that a run cut short leaves one."""
+    """Speed over VGG16, then quality over the suite. The CSV grows as rows come, so that a run cut short leaves one.
+
+    ``--part compile`` measures nothing: it trains the networks and compiles what the other parts launch on a GPU.
+    """
     rows: list[Row] = []
+    if args.part == "compile":
+        cases = quality_cases(args.device, 1, args.quick, args.matrices, args.blocks, args.trained)
+        if args.device != "cpu":
+            compile_ahead(problems_of(cases, [] if args.quick else vgg16_layers()))
     if args.part in ("all", "vgg16") and not args.quick:
         for sigma in args.sigmas:
             for found in measure_vgg16(sigma, args.device):

@@ -86,9 +86,14 @@ def quality_cases(
     ]
 
 
+def vgg16_layers() -> list[tuple[str, tuple[int, ...], float]]:
+    """(layer, shape, sparsity) of VGG16's 16 layers at the paper's rates."""
+    layers: list[tuple[str, tuple[int, ...], float]]
+    layers = [(c.name, (c.c_out, c.c_in, 3, 3), 1 - c.kept) for c in VGG16_CONVS]
+    return layers + [(c.name, (c.out_features, c.in_features), 1 - c.kept) for c in VGG16_LINEARS]
+
+
 def vgg16_weights(sigma: float) -> list[tuple[str, torch.Tensor, float]]:
-    """(layer, weight, sparsity) of VGG16's 16 layers at the paper's rates; ``sigma`` as in :func:`scaled_weight`."""
-    shapes: list[tuple[str, tuple[int, ...], float]]
-    shapes = [(c.name, (c.c_out, c.c_in, 3, 3), c.kept) for c in VGG16_CONVS]
-    shapes += [(c.name, (c.out_features, c.in_features), c.kept) for c in VGG16_LINEARS]
-    return [(name, scaled_weight(shape, sigma, seed), 1 - kept) for seed, (name, shape, kept) in enumerate(shapes)]
+    """(layer, weight, sparsity); ``sigma`` as in :func:`scaled_weight`."""
+    layers = enumerate(vgg16_layers())
+    return [(name, scaled_weight(shape, sigma, seed), sparsity) for seed, (name, shape, sparsity) in layers]

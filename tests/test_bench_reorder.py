@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tetris.bench import reorder_bench, reorder_cases, reorder_times, trained
+from tetris.bench import reorder_bench, reorder_cases, reorder_compile, reorder_times, trained
 from tetris.bench.reorder_bench import doubled_edge, measure_quality, retained_by_elements
 from tetris.bench.reorder_cases import CONTRAST, ReorderCase, gaussian, planted, quality_cases
 from tetris.bench.reorder_times import METHODS, measure_together, measure_vgg16
@@ -136,6 +136,26 @@ def test_layers_together_retain_what_they_retain_one_by_one(monkeypatch: pytest.
 
     monkeypatch.setattr(reorder_times, "reorder_jointly", fails)
     assert "out of memory" in measure_together(small_layers(0.0), "paper", "paper", 1, "cpu", "gaussian").status
+
+
+def test_what_a_run_launches_is_compiled_ahead_once_a_shape(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[tuple] = []
+    monkeypatch.setattr(reorder_bench, "compile_ahead", compiled.extend)
+    options = ("--part", "compile", "--matrices", "gaussian", "planted")
+    assert reorder_bench.run(arguments(tmp_path, *options)) == [] == compiled  # a CPU has nothing to compile
+    args = arguments(tmp_path, *options, quick=False)
+    args.device = "cuda"
+    reorder_bench.run(args)
+    assert compiled[0][:2] == ((4096, 25088), (32, 32)) and len(compiled) == 11 + 5  # 512 x 512 in 6 blocks, one twice
+    assert len({problem[:2] for problem in compiled}) == len(compiled)
+
+
+def test_searches_are_brief_when_they_only_compile(monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple] = []
+    monkeypatch.setattr(reorder_compile, "reorder", lambda *arguments, steps: made.append((arguments[1:], steps)))
+    monkeypatch.setattr(torch, "rand", lambda shape, device: torch.ones(shape))
+    reorder_compile.search_briefly(((4, 6), (2, 2), 0.5))
+    assert made == [(((2, 2), 0.5, method), 2) for method in reorder_compile.METHODS]
 
 
 def test_trained_weights_are_kept_from_run_to_run(tmp_path, monkeypatch: pytest.MonkeyPatch):
