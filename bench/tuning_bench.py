@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,9 +22,9 @@ from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.tune_problems import Outcome, Search, Wanted
 from tetris.bench.report import table
-from tetris.bench.rows import SKIPPED, Row
+from tetris.bench.rows import SKIPPED, Row, read_csv
 from tetris.bench.tuning_cases import FULL, QUICK, SUITES, TuningCase
-from tetris.bench.tuning_rows import Book, Checked, failure_rows, job_rows, known_failures, layer_rows, suite_rows
+from tetris.bench.tuning_rows import ROWS, Book, Checked, failure_rows, job_rows, known_failures, layer_rows, suite_rows
 from tetris.kernels.configs import DeviceInfo
 
 REPEATS = 15
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--check", action="store_true", help="time the leaders in a random layout, too")
     parser.add_argument("--layers", help="only layers whose name contains this")
+    parser.add_argument("--keep", action="store_true", help="keep what the folder's CSV says of other suites")
     parser.add_argument("--log", action="store_true", help="write tuning_jobs.csv: what every compilation took")
 
 
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> list[Row]:
         return book.rows
     suites = args.suite or [(name, None) for name in (QUICK if args.quick else FULL)]
     searches = [(name, chosen(name, args.layers), budget) for name, budget in suites]
+    if args.keep:
+        book.rows = rows_of_others(args.out, searches)
     if args.stage == "compile":
         compile_suites([(case, budget) for _, cases, budget in searches for case in cases], args, book)
         return book.rows
@@ -62,6 +66,13 @@ def run(args: argparse.Namespace) -> list[Row]:
     for suite, cases, budget in searches:
         tune_suite(suite, cases, budget, args, book, known)
     return book.rows
+
+
+def rows_of_others(out: Path, searches: list[tuple[str, list[TuningCase], int | None]]) -> list[Row]:
+    """The rows that an earlier run left in the folder, but for those of these suites."""
+    path = out / ROWS
+    mine = {name for suite, cases, _ in searches for case in cases for name in (suite, case.suite, case.name)}
+    return [row for row in read_csv(path) if row.case not in mine] if path.exists() else []
 
 
 def suite_and_budget(text: str) -> tuple[str, int | None]:

@@ -14,7 +14,7 @@ from tetris.bench.rows import FAILED, OK, Row, read_csv, write_csv
 from tetris.bench.tuning_cases import TuningCase
 
 PROVIDERS = ("analytic", "default", "tuned")
-FAILURES, JOBS = "tuning_failures.csv", "tuning_jobs.csv"
+ROWS, FAILURES, JOBS = "tuning.csv", "tuning_failures.csv", "tuning_jobs.csv"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Book:
         )
         self.rows += new
         self.failures += failed
-        write_csv(self.out / "tuning.csv", self.rows)
+        write_csv(self.out / ROWS, self.rows)
         write_csv(self.out / FAILURES, self.failures)
         for row in new:
             facts = " ".join(f"{name}={value}" for name, value in row.extra.items() if name != "config")

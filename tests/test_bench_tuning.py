@@ -30,6 +30,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setattr(tuning_bench, "DTYPE", torch.float32)
     monkeypatch.setattr(tuning_bench, "WITHOUT_CONFIGURATIONS", ())
     options = {"suite": [("small", 3)], "quick": True, "workers": 0, "layers": None, "log": False}
+    options |= {"keep": False}
     return Namespace(device="cpu", out=tmp_path, stage="both", check=True, compile_seconds=math.inf, **options)
 
 
@@ -97,6 +98,19 @@ def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monke
     (row,) = tuning_bench.run(args)
     assert row.extra["tried"] == 6 and row.extra["compile_seconds"] == 9 and row.extra["failed"] == 1
     assert [failure.status for failure in read_csv(tmp_path / "tuning_failures.csv")] == ["failed: too large"]
+
+
+def test_what_was_measured_of_other_suites_is_kept_when_asked(args: Namespace, tmp_path: Path) -> None:
+    others = [Row("tuning", "resnet50", "search"), Row("tuning", "resnet50 b128 1x1", "tuned", 5.0)]
+    write_csv(
+        tmp_path / "tuning.csv", [*others, Row("tuning", "small fc", "tuned", 7.0), Row("tuning", "small", "search")]
+    )
+    args.keep = True
+    rows = tuning_bench.run(args)
+    assert rows[:2] == others and [row.case for row in rows].count("small fc") == 3
+    assert [row.case for row in read_csv(tmp_path / "tuning.csv")] == [row.case for row in rows]
+    args.keep = False
+    assert {row.case for row in tuning_bench.run(args)} == {"small", "small conv", "small fc"}
 
 
 def test_the_log_tells_what_every_compilation_took(args: Namespace, tmp_path: Path) -> None:
