@@ -14,6 +14,8 @@ from tests.kernels.test_recording import Kernel
 from tetris import eager
 from tetris.eager import MOST_KINDS, EagerCalls, is_plain
 from tetris.kernels.recording import launch
+from tetris.layers import BlockSparseLinear
+from tetris.stem import StemConv2d
 
 
 class Affine(nn.Module):
@@ -107,6 +109,17 @@ def test_a_layer_does_not_remember_without_end(layer: Affine) -> None:
     for stride in range(1, MOST_KINDS + 3):
         layer(torch.randn(8 * stride)[::stride])
     assert 0 < len(layer.calls._recordings) <= MOST_KINDS
+
+
+def test_a_layer_that_moves_lets_go_of_what_it_leaves_behind() -> None:
+    layer = nn.Sequential(BlockSparseLinear(32, 32, (16, 16), 4), StemConv2d(3, 8, (3, 3)))
+    for part in layer:
+        part._calls._recordings[("key",)] = None
+    layer.half()
+    assert all(part._calls._recordings == {} for part in layer)
+    layer[0]._calls._recordings[("key",)] = None
+    layer.load_state_dict(layer.state_dict())
+    assert layer[0]._calls._recordings == {} and layer[0].eager_key() == ("none", False, "")
 
 
 def test_copies_start_anew(layer: Affine) -> None:

@@ -31,6 +31,22 @@ class FusedLayer(nn.Module):
     activation: str
     max_pool: bool = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = EagerCalls()
+
+    def eager_key(self) -> tuple:
+        """What a call depends on beside tensors, see :class:`~tetris.eager.EagerCalls`."""
+        return self.activation, self.max_pool
+
+    def eager_constants(self) -> list[Tensor]:
+        """Tensors that kernels read, beside parameters and buffers."""
+        return []
+
+    def _apply(self, *args: Any, **options: Any) -> FusedLayer:
+        self._calls.clear()  # recordings hold the tensors that the layer leaves behind
+        return super()._apply(*args, **options)
+
 
 class BlockSparseLayer(FusedLayer):
     """What both layers share: packed blocks, their layout, permutations, epilogue and config.
@@ -95,7 +111,6 @@ class BlockSparseLayer(FusedLayer):
         self._prepared_from: tuple | None = None
         self._launches: dict[tuple, Launch] = {}
         self._launches_from: tuple | None = None
-        self._calls = EagerCalls()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self._calls(self, self._forward, x, residual)
@@ -104,11 +119,10 @@ class BlockSparseLayer(FusedLayer):
         raise NotImplementedError
 
     def eager_key(self) -> tuple:
-        """What a call depends on beside tensors, see :class:`~tetris.eager.EagerCalls`."""
-        return self.activation, self.max_pool, self.config
+        return *super().eager_key(), self.config
 
     def eager_constants(self) -> list[Tensor]:
-        """Tensors beside parameters and buffers that kernels read: the schedules."""
+        """The schedules."""
         return [tensor for launch in self._launches.values() for tensor in launch.schedule]
 
     @property
@@ -232,9 +246,10 @@ class BlockSparseLayer(FusedLayer):
         super()._load_from_state_dict(*args)
         self._output_gather = _inverse_or_none(self.output_permutation)
         self._launches.clear()
+        self._calls.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_prepared_from": None, "_launches": {}, "_calls": EagerCalls()}
+        return {**self.__dict__, "_prepared": None, "_prepared_from": None, "_launches": {}}
 
     def extra_repr(self) -> str:
         parts = [f"{self.shape[1]}, {self.shape[0]}", f"block={self.block[0]}x{self.block[1]}"]

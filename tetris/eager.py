@@ -21,14 +21,22 @@ MOST_KINDS = 64
 """Kinds of calls that a layer remembers, so that inputs of ever new shapes do not fill the memory."""
 
 
+UNKNOWN = "unknown"
+"""In the place of a recording: no such call has been made. None: such calls cannot be repeated."""
+
+
 class EagerCalls:
     """What a layer remembers of its calls. Copies of a layer start anew."""
 
     def __init__(self) -> None:
-        self._recordings: dict[tuple, Recording | None] = {}
+        self._recordings: dict[tuple, Recording | str | None] = {}
         self._state: tuple | None = None
         self.refused = ""
         """Why the last call that was recorded cannot be repeated."""
+
+    def clear(self) -> None:
+        """Forget all calls, and let go of the tensors that they read."""
+        self._recordings.clear()
 
     def __call__(
         self, layer: nn.Module, run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None
@@ -45,16 +53,14 @@ class EagerCalls:
             return run(x, residual)
         state = _state(layer)
         if state != self._state:
-            self._recordings.clear()
+            self.clear()
             self._state = state
         tf32 = x.dtype == torch.float32 and (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
         key = (_kind(x), None if residual is None else _kind(residual), tf32, layer.eager_key())  # type: ignore[operator]
-        if key in self._recordings:
-            recording = self._recordings[key]
-            if recording is None:
-                return run(x, residual)
+        recording = self._recordings.get(key, UNKNOWN)
+        if isinstance(recording, Recording):
             return recording(x) if residual is None else recording(x, residual)
-        if torch.cuda.is_current_stream_capturing():  # a recording runs the kernels twice
+        if recording is None or torch.cuda.is_current_stream_capturing():  # recording would capture everything twice
             return run(x, residual)
         return self._record(layer, run, x, residual, key)
 
@@ -67,7 +73,7 @@ class EagerCalls:
         with Recorder([x] if residual is None else [x, residual], constants) as recorder:
             y = run(x, residual)
         if len(self._recordings) >= MOST_KINDS:
-            self._recordings.clear()
+            self.clear()
         self._recordings[key] = recorder.recording(y)
         self.refused = recorder.refused
         return y

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris.block_sparse_layer import FusedLayer
-from tetris.eager import EagerCalls
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import StemConfig, conv2d_output_size
 from tetris.kernels.cpu.epilogue import finish_
@@ -96,7 +95,6 @@ class StemConv2d(FusedLayer):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
         self.activation, self.max_pool = activation, max_pool
-        self._calls = EagerCalls()
         weight = torch.zeros(out_channels, kernel_size[0] * kernel_size[1] * in_channels)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_channels), requires_grad=False) if bias else None
@@ -126,14 +124,6 @@ class StemConv2d(FusedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._calls(self, self._forward, x, None)
-
-    def eager_key(self) -> tuple:
-        """What a call depends on beside tensors, see :class:`~tetris.eager.EagerCalls`."""
-        return self.activation, self.max_pool
-
-    def eager_constants(self) -> list[Tensor]:
-        """There are none beside parameters."""
-        return []
 
     def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
