@@ -35,6 +35,10 @@ class FusedLayer(nn.Module):
         super().__init__()
         self._calls = EagerCalls()
 
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The layer's work, through the registered operations."""
+        raise NotImplementedError
+
     def eager_key(self) -> tuple:
         """What a call depends on beside tensors, see :class:`~tetris.eager.EagerCalls`."""
         return self.activation, self.max_pool
@@ -114,9 +118,6 @@ class BlockSparseLayer(FusedLayer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self._calls(self, self._forward, x, residual)
-
-    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        raise NotImplementedError
 
     def eager_key(self) -> tuple:
         return *super().eager_key(), self.config
