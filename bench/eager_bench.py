@@ -30,6 +30,8 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
 from tetris.stem import StemConv2d
 
+Call = Callable[[torch.Tensor], object]
+
 CALLS = 100
 """In a row; a GPU's queue holds about a thousand launches before a call has to wait."""
 SHOWN = 25
@@ -92,7 +94,11 @@ def run(args: argparse.Namespace) -> list[Row]:
     on_gpu = args.device == "cuda"
     for case in QUICK if args.quick or not on_gpu else CASES:
         dense, ours, x = layers(case, args.device, case.dtype if on_gpu else torch.float32)
-        calls = {"dense": dense, "tetris registered": partial(ours._forward, residual=None), "tetris": ours}
+        calls: dict[str, Call] = {
+            "dense": dense,
+            "tetris registered": partial(ours._forward, residual=None),
+            "tetris": ours,
+        }
         times = {provider: host_us(call, x, args.repeats) for provider, call in calls.items()}
         for provider, timing in times.items():
             rows.append(
@@ -158,7 +164,7 @@ def kernel_of(layer: nn.Module, x: torch.Tensor) -> str:
     return config.kernel
 
 
-def host_us(layer: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int, calls: int = CALLS) -> Timing:
+def host_us(layer: Call, x: torch.Tensor, repeats: int, calls: int = CALLS) -> Timing:
     """Microseconds of the CPU a call, the median of ``repeats`` rounds of ``calls``."""
 
     def wait() -> None:
@@ -178,7 +184,7 @@ def host_us(layer: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: i
     return Timing.of(samples)
 
 
-def profiled(layer: Callable[[torch.Tensor], object], x: torch.Tensor, calls: int = 2 * CALLS) -> str:
+def profiled(layer: Call, x: torch.Tensor, calls: int = 2 * CALLS) -> str:
     """Where the calls spend their time, as ``cProfile`` tells it (it slows short functions down)."""
     profile, text = cProfile.Profile(), StringIO()
     profile.enable()
