@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 
 import pytest
@@ -218,3 +219,19 @@ def test_a_gpu_finds_the_same(method, device):
     else:
         assert there.n_swaps == here.n_swaps or method == "exact"
         assert there.retained == pytest.approx(here.retained, rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_gpu_search_survives_garbage_that_holds_graphs(device):
+    weight, thresholds = gaussian((160, 96)).to(device), gc.get_threshold()
+    found = []
+    try:
+        for _ in range(3):
+            holder: list = []
+            holder += [torch.cuda.CUDAGraph(), holder]  # a cycle, freed by the next collection
+            del holder
+            gc.set_threshold(1)
+            found.append(reorder(weight, (32, 16), 0.73, "annealed", steps=4))
+    finally:
+        gc.set_threshold(*thresholds)
+    assert all(torch.equal(r.permutations[0], found[0].permutations[0]) for r in found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -178,6 +180,41 @@ def test_replays_of_independent_systems_are_those_of_each_alone(monkeypatch: pyt
     alone = [searched([problem]) for problem in problems]
     assert swaps == sum(count for count, _ in alone) > 0
     assert all(torch.equal(order, orders[key]) for _, found in alone for key, order in found.items())
+
+
+def test_nothing_is_freed_during_a_capture_which_always_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Graph:
+        def capture_begin(self, capture_error_mode) -> None:
+            log.append(f"begin {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            log.append("end")
+
+        def replay(self) -> None:
+            log.append("replay")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    replayed = Replayed(lambda: log.append(f"step, collecting {gc.isenabled()}"))
+    for _ in range(3):
+        replayed()
+    captured = ["begin thread_local", "step, collecting False", "end"]
+    assert log == ["step, collecting True", *captured, "replay", "replay"] and gc.isenabled()
+    log.clear()
+
+    def fails() -> None:
+        raise RuntimeError("no step")
+
+    failing = Replayed(fails)
+    failing._launched = True
+    with pytest.raises(RuntimeError, match="no step"):
+        failing()
+    assert log == ["begin thread_local", "end"] and gc.isenabled()
 
 
 def test_lanes_share_the_tasks_fairly(monkeypatch: pytest.MonkeyPatch) -> None:

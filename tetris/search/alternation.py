@@ -59,10 +59,9 @@ class Alternation:
         device = system.problems[0].matrix.device
         self._replayed: Replayed | None = None
         if self._budget.seconds is None and self._parts and all(_is_plain(part) for part in self._parts):
-            self._lanes = Lanes([float(part.system.size) for part in self._parts], device)
             self._swaps = torch.zeros(len(self._parts), dtype=torch.int64, device=device)
             self._kept = torch.zeros(len(self._parts), dtype=torch.float64, device=device)
-            self._replayed = Replayed(self._iteration)
+            self._replayed = Replayed(_iteration(self._parts, m_step, self._swaps, self._kept))
 
     def run(self, progress: Progress | None = None) -> int:
         """Returns the number of swaps of all M-steps."""
@@ -109,16 +108,23 @@ class Alternation:
                 return int(self._swaps.sum())
             best, step = [max(pair) for pair in zip(kept, best)], step + 1
 
-    def _iteration(self) -> None:
-        self._lanes([partial(self._iteration_of, i) for i in range(len(self._parts))])
 
-    def _iteration_of(self, i: int) -> None:
-        system, keys = self._parts[i]
+def _iteration(parts: list[Part], m_step: MStep, swaps: torch.Tensor, kept: torch.Tensor) -> Callable[[], None]:
+    """One iteration of all parts on a GPU: ``swaps`` [parts] rise, ``kept`` [parts] is that of the E-steps.
+
+    A function, not a method: graphs in a cycle of references would be freed at any time.
+    """
+    lanes = Lanes([float(part.system.size) for part in parts], kept.device)
+
+    def iterate(i: int) -> None:
+        system, keys = parts[i]
         system.forget()  # a replay must not read what an earlier one left
         masks, now = system.heaviest_blocks()
-        self._kept[i].copy_(now)
+        kept[i].copy_(now)
         for key in keys:
-            self._swaps[i].add_(improve(system, key, masks, self._m_step))
+            swaps[i].add_(improve(system, key, masks, m_step))
+
+    return partial(lanes, [partial(iterate, i) for i in range(len(parts))])
 
 
 def alternate(

@@ -5,7 +5,9 @@ A search of a small layer is a chain of short kernels: launching one takes the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -32,14 +34,30 @@ class Replayed:
         self._graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Like ``torch.cuda.graph`` without its garbage collection, which takes 0.1 s."""
+        """Like ``torch.cuda.graph`` but without its garbage collection, which takes 0.1 s: here none happens meanwhile.
+
+        A graph that is freed during a capture, perhaps another's in a cycle of references, would break it.
+        """
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         for generator in self._generators:
             graph.register_generator_state(generator)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with _no_garbage_collection(), torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
-            self._step()
-            graph.capture_end()
+            try:
+                self._step()
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
