@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.kernels.test_recording import Kernel
 from tetris import eager
-from tetris.eager import MOST_KINDS, EagerCalls, is_plain
+from tetris.eager import MOST_KINDS, Call, EagerCalls, is_plain
 from tetris.kernels.recording import launch
 from tetris.layers import BlockSparseLinear
 from tetris.stem import StemConv2d
@@ -108,24 +109,24 @@ def test_a_capture_is_not_recorded(layer: Affine, monkeypatch: pytest.MonkeyPatc
 def test_a_layer_does_not_remember_without_end(layer: Affine) -> None:
     for stride in range(1, MOST_KINDS + 3):
         layer(torch.randn(8 * stride)[::stride])
-    assert 0 < len(layer.calls._recordings) <= MOST_KINDS
+    assert 0 < len(layer.calls) <= MOST_KINDS
 
 
 def test_a_layer_that_moves_lets_go_of_what_it_leaves_behind() -> None:
     layer = nn.Sequential(BlockSparseLinear(32, 32, (16, 16), 4), StemConv2d(3, 8, (3, 3)))
     for part in layer:
-        part._calls._recordings[("key",)] = None
+        part._calls._found[("key",)] = Call(None, ())
     layer.half()
-    assert all(part._calls._recordings == {} for part in layer)
-    layer[0]._calls._recordings[("key",)] = None
+    assert all(part._calls._found == {} for part in layer)
+    layer[0]._calls._found[("key",)] = Call(None, ())
     layer.load_state_dict(layer.state_dict())
-    assert layer[0]._calls._recordings == {} and layer[0].eager_key() == ("none", False, "")
+    assert layer[0]._calls._found == {} and layer[0].eager_key() == ("none", False, "")
 
 
 def test_copies_start_anew(layer: Affine) -> None:
     check(layer, 2)
     for other in (copy.deepcopy(layer.calls), pickle.loads(pickle.dumps(layer.calls))):
-        assert other._recordings == {} and layer.calls._recordings
+        assert len(other) == 0 and len(layer.calls) == 1
     twin = copy.deepcopy(layer)
     assert twin.calls is not layer.calls
     check(twin, 2)
@@ -135,7 +136,6 @@ def test_plain_calls_are_those_that_nothing_watches(monkeypatch: pytest.MonkeyPa
     layer, x = Affine(), torch.randn(8)
     assert not is_plain(layer, x, None)  # on the CPU
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of torch.device("cpu")
     assert is_plain(layer, x, None) and is_plain(layer, x, x + 1)
     assert not is_plain(layer, x.as_subclass(nn.Parameter), None)
     assert not is_plain(layer, x, torch.empty(8, device="meta"))
@@ -152,8 +152,25 @@ def test_plain_calls_are_those_that_nothing_watches(monkeypatch: pytest.MonkeyPa
     torch.vmap(lambda row: (seen.append(is_plain(layer, row, None)), row)[1])(torch.randn(2, 8))
     torch.jit.trace(lambda row: (seen.append(is_plain(layer, row, None)), row + 1)[1], x, check_trace=False)
     assert seen and not any(seen)
+    assert not is_plain(layer._replicate_for_data_parallel(), x, None)
+
+
+def test_a_call_happens_on_the_gpu_of_its_input(layer: Affine, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[object] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        entered.append(wanted)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: wanted.index)
+        yield
+
+    monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert not is_plain(layer, x, None)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    check(layer, 2)
+    assert entered == [torch.device("cpu")]
+    check(layer, 0)
+    assert len(entered) == 1
 
 
 def test_compilers_see_the_layer_itself() -> None:

@@ -11,6 +11,8 @@ from torch import nn
 
 from tetris.autotune.timer import graphed
 from tetris.bench.eager_bench import CASES, EagerCase, kernel_of, layers
+from tetris.layers import BlockSparseLinear
+from tetris.reordering import reorder
 from tetris.stem import StemConv2d
 
 pytestmark = pytest.mark.gpu
@@ -29,11 +31,6 @@ def slow(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None
     return layer._forward(x, residual)  # type: ignore[operator]
 
 
-def repeats(layer: nn.Module) -> int:
-    """Kinds of calls that the layer repeats."""
-    return sum(recording is not None for recording in layer._calls._recordings.values())  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @torch.no_grad()
 def test_every_kernel_is_repeated_with_the_same_result(case: EagerCase) -> None:
@@ -47,7 +44,7 @@ def test_every_kernel_is_repeated_with_the_same_result(case: EagerCase) -> None:
             y = layer(other, *extra)
             expected = slow(layer, other, given)
             assert torch.equal(y, expected) and y.stride() == expected.stride()
-    assert repeats(layer) == (1 if isinstance(layer, StemConv2d) else 2)
+    assert len(layer._calls) == (1 if isinstance(layer, StemConv2d) else 2)
 
 
 SPLIT = next(case for case in CASES if case.kernel == "split")
@@ -107,6 +104,29 @@ def test_gradients_and_compilers_go_through_the_operation() -> None:
         assert any("block_sparse_linear" in str(node.target) for node in traced.graph.nodes)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@torch.no_grad()
+def test_quantised_weights_are_repeated(tokens: int) -> None:
+    dense = nn.Linear(1024, 512).cuda().half()
+    reordering = reorder(dense.weight, block=64, sparsity=0.5, method="sort")
+    layer = BlockSparseLinear.from_dense(dense, reordering, weight_dtype="int8")
+    for _ in range(3):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.float16)
+        assert torch.equal(layer(x), slow(layer, x))
+    assert len(layer._calls) == 1 and layer._calls.refused == ""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_a_layer_runs_on_its_own_gpu() -> None:
+    layer, x, _ = made(CONV)
+    expected = slow(layer, x)
+    layer, x = layer.to("cuda:1"), x.to("cuda:1")
+    for _ in range(3):
+        assert torch.equal(layer(x), expected.to("cuda:1"))
+    assert torch.cuda.current_device() == 0 and len(layer._calls) == 1
+
+
 @torch.no_grad()
 def test_graphs_replay_repeated_calls() -> None:
     layer, x, _ = made(CONV)
@@ -114,7 +134,7 @@ def test_graphs_replay_repeated_calls() -> None:
     replay = graphed(lambda: outputs.append(layer(x)))
     x.copy_(torch.randn_like(x))
     replay()
-    assert torch.equal(outputs[-1], layer(x)) and repeats(layer) == 1
+    assert torch.equal(outputs[-1], layer(x)) and len(layer._calls) == 1
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ needs that; a plain call needs the kernels. See :mod:`tetris.kernels.recording`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +21,28 @@ MOST_KINDS = 64
 """Kinds of calls that a layer remembers, so that inputs of ever new shapes do not fill the memory."""
 
 
-UNKNOWN = "unknown"
-"""In the place of a recording: no such call has been made. None: such calls cannot be repeated."""
+class Call(NamedTuple):
+    """A remembered kind of call: its recording, None where it cannot be repeated, and the layer's state back then."""
+
+    recording: Recording | None
+    state: tuple
 
 
 class EagerCalls:
     """What a layer remembers of its calls. Copies of a layer start anew."""
 
     def __init__(self) -> None:
-        self._recordings: dict[tuple, Recording | str | None] = {}
-        self._state: tuple | None = None
+        self._found: dict[tuple, Call] = {}
         self.refused = ""
         """Why the last call that was recorded cannot be repeated."""
 
+    def __len__(self) -> int:
+        """Kinds of calls that are repeated."""
+        return sum(call.recording is not None for call in self._found.values())
+
     def clear(self) -> None:
         """Forget all calls, and let go of the tensors that they read."""
-        self._recordings.clear()
+        self._found.clear()
 
     def __call__(
         self, layer: nn.Module, run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None
@@ -47,34 +53,32 @@ class EagerCalls:
             layer: whose parameters and buffers are constant between calls; when one of them changes or moves,
                 everything is recorded anew. Its ``eager_key()`` is what else the result depends on.
             run: launches kernels on the layer's tensors and other tensors that the layer keeps.
-            x, residual: plain tensors, see :func:`is_plain`.
+            x, residual: plain tensors, see :func:`is_plain`. The call happens on x's GPU, current or not.
         """
-        if torch.compiler.is_compiling() or not is_plain(layer, x, residual):
+        if torch.compiler.is_compiling():
+            return run(x, residual)
+        if type(x) is Tensor and x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return self(layer, run, x, residual)
+        if not is_plain(layer, x, residual):
             return run(x, residual)
         state = _state(layer)
-        if state != self._state:
-            self.clear()
-            self._state = state
         tf32 = x.dtype == torch.float32 and (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
         key = (_kind(x), None if residual is None else _kind(residual), tf32, layer.eager_key())  # type: ignore[operator]
-        recording = self._recordings.get(key, UNKNOWN)
-        if isinstance(recording, Recording):
-            return recording(x) if residual is None else recording(x, residual)
-        if recording is None or torch.cuda.is_current_stream_capturing():  # recording would capture everything twice
+        known = self._found.get(key)
+        if known is not None and known.state == state:
+            if known.recording is None:
+                return run(x, residual)
+            return known.recording(x) if residual is None else known.recording(x, residual)
+        if torch.cuda.is_current_stream_capturing():  # to record would capture everything twice
             return run(x, residual)
-        return self._record(layer, run, x, residual, key)
-
-    def _record(
-        self, layer: nn.Module, run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None,
-        key: tuple,
-    ) -> Tensor:  # fmt: skip
+        if known is not None or len(self._found) >= MOST_KINDS:
+            self.clear()
         run(x, residual)  # makes what the layer keeps: its schedule, for example
         constants = [*layer.parameters(), *layer.buffers(), *layer.eager_constants()]  # type: ignore[operator]
         with Recorder([x] if residual is None else [x, residual], constants) as recorder:
             y = run(x, residual)
-        if len(self._recordings) >= MOST_KINDS:
-            self.clear()
-        self._recordings[key] = recorder.recording(y)
+        self._found[key] = Call(recorder.recording(y), state)
         self.refused = recorder.refused
         return y
 
@@ -86,8 +90,11 @@ class EagerCalls:
 
 
 def is_plain(layer: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
-    """Whether nothing wants to know of the operation: no mode, transform, tracer or gradient; on the current GPU."""
-    if type(x) is not Tensor or not x.is_cuda or x.device.index != torch.cuda.current_device():
+    """Whether a call on a GPU is no more than that: no mode, transform, tracer or gradient wants to know of it.
+
+    Replicas of ``nn.DataParallel`` live for one call, and their weights are not among their parameters.
+    """
+    if type(x) is not Tensor or not x.is_cuda or "_is_replica" in layer.__dict__:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
