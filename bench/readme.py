@@ -127,7 +127,7 @@ TABLES: dict[str, ReadmeTable] = {
     "h200-reorder": ReadmeTable(
         csv="h200/reorder.csv",
         columns=(("search", "case", str), ("method", "provider", str), ("us", "median_us", microseconds)),
-        keep=lambda row: row.case.startswith(("VGG16 all", "VGG16 fc6")),
+        keep=lambda row: row.case.startswith(("VGG16 all", "VGG16 fc6", "VGG16 together")),
     ),
     "h200-reorder-quality": ReadmeTable(
         csv="h200/reorder.csv",

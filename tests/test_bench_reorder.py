@@ -179,10 +179,13 @@ def test_an_exact_step_proves_itself(monkeypatch: pytest.MonkeyPatch):
 def test_twice_the_edge_is_compared_with_the_paper_at_once_the_edge():
     def row(provider: str, edge: int, retained: float, matrix: str = "gaussian") -> Row:
         extra = {"matrix": matrix, "sparsity": 0.73, "seed": 0, "block_out": edge, "block_in": edge}
-        return Row("reorder", "c", provider, extra=extra | {"retained": retained, "gain": 1.0})
+        return Row("reorder", "c", provider, extra=extra | {"retained": retained, "gain": 1.0, "kept_fraction": 0.27})
 
     rows = [row("paper", 16, 0.5), row("exact", 32, 0.6), row("exact", 64, 0.9)]
     assert doubled_edge(rows, "exact") == pytest.approx([1.2]) and doubled_edge(rows, "sort") == []
+    assert doubled_edge(rows, "exact", equally_many=True) == doubled_edge(rows, "exact")
+    rows[1].extra["kept_fraction"] = 0.25
+    assert doubled_edge(rows, "exact", equally_many=True) == []
     oblong = replace(rows[1], extra=rows[1].extra | {"block_in": 16})
     assert doubled_edge([rows[0], oblong], "exact") == []
 
