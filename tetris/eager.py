@@ -70,15 +70,18 @@ class EagerCalls:
             if known.recording is None:
                 return run(x, residual)
             return known.recording(x) if residual is None else known.recording(x, residual)
-        if torch.cuda.is_current_stream_capturing():  # to record would capture everything twice
+        if torch.cuda.is_current_stream_capturing():  # to record may take two runs
             return run(x, residual)
         if known is not None or len(self._found) >= MOST_KINDS:
             self.clear()
-        run(x, residual)  # makes what the layer keeps: its schedule, for example
-        constants = [*layer.parameters(), *layer.buffers(), *layer.eager_constants()]  # type: ignore[operator]
-        with Recorder([x] if residual is None else [x, residual], constants) as recorder:
-            y = run(x, residual)
-        self._found[key] = Call(recorder.recording(y), state)
+        for _ in range(2):  # the first run may make what the layer keeps, its schedule for example; the second does not
+            constants = [*layer.parameters(), *layer.buffers(), *layer.eager_constants()]  # type: ignore[operator]
+            with Recorder([x] if residual is None else [x, residual], constants) as recorder:
+                y = run(x, residual)
+            recording = recorder.recording(y)
+            if recording is not None:
+                break
+        self._found[key] = Call(recording, state)
         self.refused = recorder.refused
         return y
 
