@@ -13,5 +13,6 @@ holds all that an M-step needs. Slices are then *assigned to groups*; the positi
     transport   the exact M-step with a certificate of optimality
     annealing   a soft mask that hardens: escapes the local optima of the alternation
     alternation the outer loop of E- and M-steps
+    lanes, replay  independent weights side by side on a GPU, as branches of captured steps
     general     Algorithm 1 for any pruning method, with the paper's own n x n speedups
 """
