@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tetris.kernels.cache_keys import settle
+
 ALLOCATIONS = (
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_strided.default,
@@ -30,6 +32,7 @@ _WATCHING: ContextVar[Recorder | None] = ContextVar("tetris_recorder", default=N
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """``kernel[grid](*arguments, **constants)``, taken down by the recorder that is watching, if any."""
+    settle(kernel)
     compiled = kernel[grid](*arguments, **constants)
     recorder = _WATCHING.get()
     if recorder is not None:
