@@ -7,7 +7,6 @@ took, and what they went into (:data:`PARTS`).
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -167,7 +166,6 @@ def main() -> None:
     """A worker. Whatever a compiler or a driver raises is the answer; after an error on the GPU the process ends."""
     torch.set_num_threads(1)
     device = sys.argv[1]
-    import_the_rest()
     if ":" in device:
         torch.cuda.set_device(device)
     torch.zeros(1, device=device)
@@ -195,11 +193,6 @@ def answer(job: Job, device: str) -> tuple[str, float, dict[str, float]]:
         after.children_user + after.children_system - before.children_user - before.children_system, 2
     )
     return reason, time.monotonic() - began, parts
-
-
-def import_the_rest() -> None:
-    """What the first call of a registered operation imports: a second or two of modules."""
-    importlib.import_module("torch._dynamo")
 
 
 def first_line(error: Exception) -> str:

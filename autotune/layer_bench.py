@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tetris.autotune.compile_job import first_line, import_the_rest
+from tetris.autotune.compile_job import first_line
 from tetris.autotune.problems import LayerInput, SparseLayer
 from tetris.autotune.race import heat_us, race
 from tetris.autotune.space import Config
@@ -94,7 +95,7 @@ class LayerBench:
 
 def warm_up(device: torch.device) -> None:
     """What the first measurement of a process pays for once: imports, the GPU's own kernels, a first graph."""
-    import_the_rest()
+    importlib.import_module("torch._dynamo")  # the first call of a registered operation would, and takes seconds
     if device.type == "cuda":
         from triton.runtime.driver import driver
 

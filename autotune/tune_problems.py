@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -150,17 +151,17 @@ class Search:
     def in_turn(self, jobs: dict[str, list[Job]]) -> list[Job]:
         """All jobs: the defaults, then what takes long to compile, the most promising of every problem first.
 
-        Jobs whose kernel an earlier one compiles come last and find it in the cache: workers that took both at once
-        would both compile it.
+        Jobs whose kernel an earlier one compiles come after all that compile one, and find it in the cache: workers
+        that took both at once would both compile it.
         """
         most = max(map(len, jobs.values()))
         ranks = [(rank, item.key) for rank in range(most) for item in self.wanted if rank < len(jobs[item.key])]
-        order: list[tuple[tuple[bool, bool, bool], Job]] = []
-        kernels: set[tuple[object, ...]] = set()
+        order: list[tuple[tuple[int, bool, bool], Job]] = []
+        before: Counter[tuple[object, ...]] = Counter()
         for rank, key in ranks:
             job, kernel = jobs[key][rank], kernel_of(jobs[key][rank], self.device)
-            order.append(((kernel in kernels, rank > 0, self.tried[key][rank].kernel not in LONG), job))
-            kernels.add(kernel)
+            order.append(((before[kernel], rank > 0, self.tried[key][rank].kernel not in LONG), job))
+            before[kernel] += 1
         return [job for _, job in sorted(order, key=lambda entry: entry[0])]
 
     def outcome(self, item: Wanted) -> Outcome:

@@ -41,13 +41,23 @@ class Book:
         )
         self.rows += new
         self.failures += failed
+        self._write(new)
+        for row in failed:
+            print(f"{row.case} FAILED {row.extra['config']} {row.status}", flush=True)
+
+    def replace(self, rows: Iterable[Row]) -> None:
+        """Put rows in the places of those of the same case and provider."""
+        new = [replace(row, device=self.device, versions=self.versions) for row in rows]
+        by_name = {(row.case, row.provider): row for row in new}
+        self.rows = [by_name.get((row.case, row.provider), row) for row in self.rows]
+        self._write(new)
+
+    def _write(self, new: list[Row]) -> None:
         write_csv(self.out / ROWS, self.rows)
         write_csv(self.out / FAILURES, self.failures)
         for row in new:
             facts = " ".join(f"{name}={value}" for name, value in row.extra.items() if name != "config")
             print(f"{row.case} {row.provider} {row.median_us:.1f} {facts}", flush=True)
-        for row in failed:
-            print(f"{row.case} FAILED {row.extra['config']} {row.status}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tetris.autotune.candidates import candidates
 from tetris.autotune.compile_ahead import Compiled
 from tetris.autotune.problems import pools
 from tetris.autotune.store import TuningStore
-from tetris.bench import tuning_bench
+from tetris.bench import tuning_bench, tuning_suite
 from tetris.bench.rows import Row, read_csv, write_csv
 from tetris.bench.tuning_cases import FULL, SUITES
 from tetris.layers import BlockSparseLinear
@@ -26,11 +27,11 @@ CASES = {case.name: case for suite in FULL for case in SUITES[suite]}
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setenv("TETRIS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning_bench, "device_info", lambda device: H200)
-    monkeypatch.setattr(tuning_bench, "DTYPE", torch.float32)
+    monkeypatch.setattr(tuning_suite, "device_info", lambda device: H200)
+    monkeypatch.setattr(tuning_suite, "DTYPE", torch.float32)
     monkeypatch.setattr(tuning_bench, "WITHOUT_CONFIGURATIONS", ())
     options = {"suite": [("small", 3)], "quick": True, "workers": 0, "layers": None, "log": False}
-    options |= {"keep": False}
+    options |= {"keep": False, "cold": []}
     return Namespace(device="cpu", out=tmp_path, stage="both", check=True, compile_seconds=math.inf, **options)
 
 
@@ -95,7 +96,8 @@ def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monke
 
     monkeypatch.setattr(tune_problems, "CompilePool", Pool)
     args.stage, args.workers = "compile", 1
-    (row,) = tuning_bench.run(args)
+    row, random = tuning_bench.run(args)
+    assert "random" in random.provider and random.extra["tried"] == 6, "they are checked there"
     assert row.extra["tried"] == 6 and row.extra["compile_seconds"] == 9 and row.extra["failed"] == 1
     assert [failure.status for failure in read_csv(tmp_path / "tuning_failures.csv")] == ["failed: too large"]
 
@@ -113,8 +115,21 @@ def test_what_was_measured_of_other_suites_is_kept_when_asked(args: Namespace, t
     assert {row.case for row in tuning_bench.run(args)} == {"small", "small conv", "small fc"}
 
 
+def test_a_cold_search_compiles_into_an_empty_cache(
+    args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "filled"))
+    monkeypatch.setattr(tune_problems.Search, "compile", lambda *arguments: seen.append(os.environ["TRITON_CACHE_DIR"]))
+    args.stage, args.cold = "measure", ["small"]
+    rows = tuning_bench.run(args)
+    assert len(seen) == 1 and seen[0] != str(tmp_path / "filled") and not Path(seen[0]).exists()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "filled")
+    assert next(row for row in rows if row.provider == "search").extra["cache"] == "empty"
+
+
 def test_the_log_tells_what_every_compilation_took(args: Namespace, tmp_path: Path) -> None:
-    args.stage, args.workers, args.log = "compile", 1, True
+    args.stage, args.workers, args.log, args.check = "compile", 1, True, False
     tuning_bench.run(args)
     rows = read_csv(tmp_path / "tuning_jobs.csv")
     assert len(rows) == 6 and {row.status for row in rows} == {"ok"}
