@@ -70,9 +70,9 @@ class BlockProblem:
     def grid(self) -> tuple[int, int]:
         return ceil_div(self.matrix.shape[0], self.block[0]), ceil_div(self.matrix.shape[1], self.block[1])
 
-    def blocks_of_unit(self, dim: int) -> torch.Tensor:
+    def blocks_of_unit(self, dim: int, device: torch.device | str) -> torch.Tensor:
         """int64 [units, repeats]: the block of every feature of the unit at every position."""
-        features = torch.arange(self.matrix.shape[dim], device=self.matrix.device)
+        features = torch.arange(self.matrix.shape[dim], device=device)
         return (features // self.block[dim]).view(-1, self.repeats[dim])
 
     def parts(self, dim: int) -> list[tuple[Key | None, slice]]:
@@ -166,12 +166,14 @@ class System:
     def _partition(self, key: Key, order: torch.Tensor | None) -> Partition:
         """Groups = runs of positions that no problem can tell apart: the common refinement of all block grids."""
         uses = self.uses(key)
-        blocks = torch.cat([self.problems[use.problem].blocks_of_unit(use.dim)[use.units] for use in uses], dim=1)
-        starts = torch.ones(len(blocks), dtype=torch.bool, device=blocks.device)
+        blocks = torch.cat(
+            [self.problems[use.problem].blocks_of_unit(use.dim, "cpu")[use.units] for use in uses], dim=1
+        )
+        starts = torch.ones(len(blocks), dtype=torch.bool)
         starts[1:] = (blocks[1:] != blocks[:-1]).any(1)
         offsets = torch.cat([starts.nonzero()[:, 0], starts.new_tensor([len(blocks)], dtype=torch.int64)])
         order = identity(len(blocks)) if order is None else order
-        return Partition(order.to(blocks.device, copy=True), offsets)
+        return Partition(order.to(self.problems[0].matrix.device, copy=True), offsets)
 
     def changed(self, key: Key) -> None:
         """Tell the system that the partition of ``key`` changed."""
@@ -191,7 +193,7 @@ class System:
 
     def labels(self, index: int, dim: int) -> torch.Tensor:
         """int64 [features]: the block row (``dim=0``) or column of every feature, in the original order."""
-        positions = self.problems[index].blocks_of_unit(dim).flatten()
+        positions = self.problems[index].blocks_of_unit(dim, self.problems[index].matrix.device).flatten()
         labels = torch.empty_like(positions)
         labels[self.feature_order(index, dim)] = positions
         return labels
@@ -248,7 +250,7 @@ class System:
             if repeats == 1 and problem.keys[dim] == key and len(starts) == kept.shape[1]:
                 value = kept
             else:
-                blocks = problem.blocks_of_unit(dim)[units][starts]
+                blocks = problem.blocks_of_unit(dim, starts.device)[units][starts]
                 features = kept.view(-1, repeats, kept.shape[1])
                 value = features[:, 0, blocks[:, 0]]
                 for k in range(1, repeats):
