@@ -32,6 +32,8 @@ from tetris.tuned_choices import Entry, problem_key
 
 LONG = ("hopper", "hopper_linear", "narrow")
 """Kernels that take the compiler ten times as long as others: they come first, so that no worker ends on one."""
+BAND = 6
+"""Where compiling is limited in time, the first so many of every problem go before the next."""
 FINALISTS = 4
 """So many of a race are timed again, beside the default."""
 
@@ -134,7 +136,7 @@ class Search:
         if not self.wanted or workers == 0:
             return []
         jobs = {item.key: item.jobs(self.tried[item.key]) for item in self.wanted}
-        queue = self.in_turn(jobs)
+        queue = self.in_turn(jobs, None if seconds == math.inf else BAND)
         with self.steps.timed("start"):
             pool = CompilePool(queue, str(self.wanted[0].x.device), self.team, workers)
             warm_up(self.wanted[0].x.device)
@@ -148,19 +150,22 @@ class Search:
         self.compiled = {key: [by_job[job] for job in mine] for key, mine in jobs.items()}
         return results
 
-    def in_turn(self, jobs: dict[str, list[Job]]) -> list[Job]:
+    def in_turn(self, jobs: dict[str, list[Job]], band: int | None = None) -> list[Job]:
         """All jobs: the defaults, then what takes long to compile, the most promising of every problem first.
 
         Jobs whose kernel an earlier one compiles come after all that compile one, and find it in the cache: workers
-        that took both at once would both compile it.
+        that took both at once would both compile it. With ``band`` so many jobs of every problem are put in this order,
+        then so many more, because time may run out.
         """
         most = max(map(len, jobs.values()))
+        band = band or most
         ranks = [(rank, item.key) for rank in range(most) for item in self.wanted if rank < len(jobs[item.key])]
-        order: list[tuple[tuple[int, bool, bool], Job]] = []
+        order: list[tuple[tuple[int, int, bool, bool], Job]] = []
         before: Counter[tuple[object, ...]] = Counter()
         for rank, key in ranks:
             job, kernel = jobs[key][rank], kernel_of(jobs[key][rank], self.device)
-            order.append(((before[kernel], rank > 0, self.tried[key][rank].kernel not in LONG), job))
+            short = self.tried[key][rank].kernel not in LONG
+            order.append(((rank // band, before[kernel], rank > 0, short), job))
             before[kernel] += 1
         return [job for _, job in sorted(order, key=lambda entry: entry[0])]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tetris.autotune.compile_ahead import LATE
 from tetris.autotune.space import Config
 from tetris.autotune.timer import Timing
 from tetris.autotune.tune_problems import Outcome, Search
@@ -75,12 +76,13 @@ def layer_rows(
 
     ``fraction``: the choice's time / this one. ``random_us``, ``random_fraction``: in a random layout, where the best
     of the search's leaders counts as 1. ``ruled_out``: valid configurations that the cost model left out;
-    ``compiled``: kernels that no worker had compiled.
+    ``late``: of the failures those that were not compiled in time; ``compiled``: kernels that no worker had compiled.
     """
     entry, extra = outcome.entry, {"suite": case.suite, "count": case.layer.count, "failed": len(outcome.failures)}
     if entry is None:
         return [Row("tuning", case.name, "tuned", status=f"{FAILED}: nothing ran", extra=extra)]
     extra |= {"n_blocks": entry.problem.n_blocks, "tried": entry.tried, "ruled_out": ruled_out}
+    extra |= {"late": sum(reason.endswith(LATE.reason) for reason in outcome.failures.values())}
     extra |= {"compiled": len(outcome.steps.kernels), "seconds": outcome.measured_seconds}
     extra |= {"compile_seconds": outcome.compile_seconds}
     best_us = min((time.median_us for time in checked.times.values()), default=math.nan) if checked else math.nan

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tetris.autotune.compile_ahead import Compiled, default_workers
+from tetris.autotune.compile_ahead import LATE, Compiled, default_workers
 from tetris.autotune.device import device_info
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.steps import Steps
@@ -86,6 +86,7 @@ class SuiteSearch:
             "ruled_out": sum(self.found.ruled_out.values()),
             "compiled": sum(len(outcome.steps.kernels) for outcome in self.outcomes),
             "failed": sum(len(outcome.failures) for outcome in self.outcomes),
+            "late": sum(r.endswith(LATE.reason) for outcome in self.outcomes for r in outcome.failures.values()),
         }
 
     def on_outcome(self, outcome: Outcome) -> None:

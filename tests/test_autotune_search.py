@@ -66,7 +66,8 @@ def test_spaces_are_valid_distinct_and_start_with_the_default(problem, device: D
     assert len(set(space)) == len(space) > 5
     assert all(is_valid(problem, device, config) for config in space[1:])
     kinds = {config.kernel for config in space}
-    assert ("decode" in kinds) == (isinstance(problem, LinearProblem) and problem.tokens <= 16)
+    assert ("decode" in kinds) == (isinstance(problem, LinearProblem) and 1 < problem.tokens <= 16)
+    assert ("vector" in kinds) == (isinstance(problem, LinearProblem) and problem.tokens == 1)
     if device is A100:
         assert "hopper" not in kinds and not any(config.descriptors for config in space if config.kernel == "portable")
 
@@ -203,6 +204,10 @@ def test_defaults_and_long_compilations_come_first_and_every_kernel_once(monkeyp
     assert [done.reason for done in search.compiled[first]] == ["0", "5", "2"]
     assert [done.reason for done in search.compiled[second]] == ["1", "6", "3", "4"]
     assert set(search.steps.seconds) == {"start", "wait", "close"}
+    search.tried = {first: [a, b, c, long], second: []}
+    jobs = {first: wanted[0].jobs(search.tried[first]), second: []}
+    for band, expected in ((None, [a, long, b, c]), (2, [a, b, long, c])):
+        assert [job.config for job in search.in_turn(jobs, band)] == [config.to_key() for config in expected]
 
 
 def test_races_drop_losers_early_and_find_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
