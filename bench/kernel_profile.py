@@ -14,7 +14,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "stem": ("stem_conv2d",),
     "block-sparse": (
         "conv2d_kernel", "conv2d_descriptor", "conv2d_pointer", "block_sparse_linear", "linear_descriptor",
-        "linear_pointer", "linear_decode", "linear_split",
+        "linear_pointer", "linear_decode", "linear_split", "linear_vector",
     ),
     "library": ("mm", "nvjet", "cutlass", "cudnn", "xmma", "conv", "splitK", "linear"),
 }  # fmt: skip

@@ -192,7 +192,7 @@ class LinearConfig(KernelConfig):
     """How a block-sparse linear layer runs; fields as in :class:`Conv2dConfig`, ``tile_tokens`` rows of x a program.
 
     ``kernel``: "portable", "hopper", "narrow" (Hopper, small scattered blocks), "split" (block rows cut along the
-    inputs) or "decode" (at most 16 tokens).
+    inputs), "decode" (at most 16 tokens) or "vector" (one token).
     """
 
     kernel: str = "portable"

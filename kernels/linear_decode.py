@@ -1,12 +1,12 @@
-"""Block-sparse linear layer for few tokens (1 to 16): bound by reading the kept weights once.
+"""Block-sparse linear layer for few tokens (up to 16): bound by reading the kept weights once.
 
 y[m, o] = activation(sum over kept blocks of W[o, k] x[m, k] + bias[o] + residual[m, o]), as in ``linear``.
 
 A program computes TILE_OUT output features of one block row for all tokens, so nothing is summed across programs; a
-step takes TILE_K / BLOCK_IN kept blocks at once, so that enough loads are in flight. One token may be multiplied by
-ordinary arithmetic, up to 16 are by matrix instructions: the weights on the left, from shared memory. One-byte weights
-stand on the right, where a thread holds 4 neighbours and not 2, because they must pass through registers (H200, 16
-tokens, 4096 -> 14336 at 27 %: int8 15.9 us instead of 18.9, float8 14.3 instead of 15.5; float16 16.5 instead of 14.5).
+step takes TILE_K / BLOCK_IN kept blocks at once, so that enough loads are in flight. Products are matrix instructions':
+the weights on the left, from shared memory. One-byte weights stand on the right, where a thread holds 4 neighbours and
+not 2, because they must pass through registers (H200, 16 tokens, 4096 -> 14336 at 27 %: int8 15.9 us instead of 18.9,
+float8 14.3 instead of 15.5; float16 16.5 instead of 14.5).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def linear_decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: block rows x slices of TILE_OUT features. TILE_M: 1, for sums of products, or a matrix instruction's 16."""
+    """Grid: block rows x slices of TILE_OUT features."""
     ONE_BYTE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 8
     SLICES: tl.constexpr = (BLOCK_OUT + TILE_OUT - 1) // TILE_OUT
     row = tl.program_id(0) // SLICES
@@ -65,9 +65,7 @@ def linear_decode_kernel(
     begin = tl.load(indptr + row) * BLOCK_IN
     end = tl.load(indptr + row + 1) * BLOCK_IN
     tl.assume(end > begin)
-    if TILE_M == 1:
-        acc = tl.zeros((TILE_OUT, TILE_K), tl.float32)
-    elif ONE_BYTE:
+    if ONE_BYTE:
         acc = tl.zeros((TILE_M, TILE_OUT), tl.float32)
     else:
         acc = tl.zeros((TILE_OUT, TILE_M), tl.float32)
@@ -86,22 +84,13 @@ def linear_decode_kernel(
         mask_k = kept & (channel < K)
         if input_permutation_ptr is not None:
             channel = tl.load(input_permutation_ptr + channel, mask=mask_k, other=0)
-        if TILE_M == 1:
-            x = tl.load(x_ptr + channel, mask=mask_k, other=0.0)  # [TILE_K]
-            acc += widen(w, tl.float32) * x.to(tl.float32)[None, :]
+        x_offsets = offs_m[:, None] * stride_xm + channel[None, :]
+        x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [TILE_M, TILE_K]
+        if ONE_BYTE:
+            acc = tl.dot(x, widen(w, x.dtype).T, acc, input_precision=PRECISION)
         else:
-            x_offsets = offs_m[:, None] * stride_xm + channel[None, :]
-            x = tl.load(x_ptr + x_offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [TILE_M, TILE_K]
-            if ONE_BYTE:
-                acc = tl.dot(x, widen(w, x.dtype).T, acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
-    if TILE_M == 1:
-        sums = tl.sum(acc, 1)[:, None]
-    elif ONE_BYTE:
-        sums = acc.T
-    else:
-        sums = acc
+            acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+    sums = acc.T if ONE_BYTE else acc
 
     if scales_ptr is not None:
         sums *= scale[:, None]
@@ -137,8 +126,7 @@ def block_sparse_linear(
 
     Args:
         config: ``tile_out`` features a program (0 = the block row's), ``tile_k`` inputs a step (a multiple of the
-            block's joins several kept blocks), ``num_warps``, ``num_stages``; ``tile_tokens`` 1 multiplies one token
-            without matrix instructions.
+            block's joins several kept blocks), ``num_warps``, ``num_stages``.
     Cost:
         2 * tokens * kept weights FLOP; reads the kept weights once.
     """
@@ -171,7 +159,7 @@ def block_sparse_linear(
         rows.stride(0),
         BLOCK_OUT=block_out,
         BLOCK_IN=block_in,
-        TILE_M=1 if tokens == config.tile_tokens == 1 else next_power_of_two(tokens, 16),
+        TILE_M=next_power_of_two(tokens, 16),
         TILE_OUT=tile_out,
         TILE_K=config.tile_k or next_power_of_two(block_in, 16),
         ACTIVATION=activation,

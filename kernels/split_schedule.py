@@ -5,22 +5,67 @@ A program finds all it needs in its record, whose address it knows: nothing but 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, is_power_of_two_tile
-from tetris.kernels.splitting import PartCosts, choose_parts, cut
+from tetris.kernels.splitting import PartCosts, choose_parts, cut, makespan
 from tetris.layout import ceil_div
 
 HEAD_FIELDS = 8
+PAST = 1 << 30
+"""A first feature past the end of any matrix: TMA reads zeros there."""
+MERGE_STAGES = 5
+"""Of the pipeline through which the last part of a row reads the others' sums: four of them at a time."""
 BYTES_PER_CLOCK = 37
 """What the L2 cache delivers to one of an H200's multiprocessors while all of them fetch."""
 MERGE_BYTES_PER_CLOCK = 64
 """The same while few of them fetch."""
 FIXED_CLOCKS, SYNCHRONISE_CLOCKS = 2000, 1500
 """A part's first loads and epilogue; the fence, the counter and the first of the other parts' sums."""
+TURNS = (1, 2, 3)
+"""Programs of a multiprocessor for which rows are cut; the cut that is estimated to end first is taken."""
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """What a launch takes, in clocks of an H200's multiprocessor, fitted to 57 layers with 1 to 512 tokens.
+
+    Attributes:
+        launch: an empty kernel, a record and a first tile from a cold L2, the store of the output.
+        rate: bytes of tiles a clock that a multiprocessor takes in.
+        task: of every part, beside its tiles.
+        step: of a program alone for one block: barriers and instructions, whatever the size of the tiles.
+        arrive: fence and counter of a part of a cut row.
+        cut: where any row is cut.
+        merge_rate: bytes a clock of the other parts' sums.
+    """
+
+    launch: float = 10984.0
+    rate: float = 39.7
+    task: float = 549.0
+    step: float = 455.0
+    arrive: float = 3805.0
+    cut: float = 2246.0
+    merge_rate: float = 33.6
+
+    def of_launch(
+        self, counts: Sequence[int], parts: Sequence[int], copies: int, tile_bytes: int, sums_bytes: int, sm_count: int
+    ) -> float:
+        """The estimate for a layout.
+
+        Args:
+            counts: blocks of every row; parts: into how many it is cut; copies: tiles that every row has.
+            tile_bytes: of a block's weights and inputs; sums_bytes: of a part's sums.
+        """
+        sizes = [ceil_div(count, n) for count, n in zip(counts, parts) for _ in range(n * copies)]
+        busy = makespan([size * tile_bytes / self.rate + self.task for size in sizes], sm_count)
+        merges = [self.arrive + n * sums_bytes / self.merge_rate if n > 1 else 0.0 for n in parts]
+        alone = max(ceil_div(count, n) * self.step + merge for count, n, merge in zip(counts, parts, merges))
+        return self.launch + max(busy + (self.cut if max(parts) > 1 else 0.0), alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +75,15 @@ class SplitSchedule:
     Attributes:
         parts: [n_parts, 8 + most blocks of a part]: output tile (slice of a block row), first kept block, number of
             blocks, parts of its row, place of the row's first part and of this part among the parts of cut rows, two
-            zeros; then the first input feature of every block. Longest first.
+            zeros; then the first input feature of every block, and PAST. Longest first.
         counters: [token tiles, parts of cut rows], zeros: parts of a tile that are done. A launch counts them up and
             back to zero: two launches with the same schedule must not run at the same time.
+        clocks: estimate of a launch.
     """
 
     parts: torch.Tensor
     counters: torch.Tensor
+    clocks: float
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -55,8 +102,10 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
     tiles = (config.tile_out, config.tile_k, config.tile_tokens)
     if not all(is_power_of_two_tile(size) for size in tiles):
         return f"takes tiles that are powers of two from 16; got {tiles}"
-    if problem.block[0] % config.tile_out or problem.block[1] % config.tile_k:
-        return f"takes tiles that divide the blocks; got {tiles[:2]} for {problem.block}"
+    if problem.block[0] % config.tile_out or problem.block[1] % config.tile_k * (config.tile_k % problem.block[1]):
+        return f"takes tiles that divide the blocks, or whole blocks a step; got {tiles[:2]} for {problem.block}"
+    if config.tile_k > HEAD_FIELDS * problem.block[1]:
+        return f"takes {HEAD_FIELDS} blocks a step at most; got {config.tile_k} inputs of {problem.block[1]} each"
     return None
 
 
@@ -69,6 +118,7 @@ def make_split_schedule(
     tile_tokens: int,
     tile_out: int,
     n_programs: int,
+    turns: Sequence[int] = (1,),
     item_size: int = 2,
 ) -> SplitSchedule:
     """The schedule of one layer for one number of tokens; pure; some milliseconds of host time.
@@ -77,7 +127,8 @@ def make_split_schedule(
         indptr, indices: the layout's CSR (int32), every block row with at least one block.
         block: (BLOCK_OUT, BLOCK_IN); tile_out: outputs of a program, BLOCK_OUT or a part of it.
         tokens: rows of x; tile_tokens: rows of a program.
-        n_programs: that run at the same time.
+        n_programs: the GPU's multiprocessors.
+        turns: programs on each of them to cut for; see :data:`TURNS`.
         item_size: bytes of an element of x.
     Returns:
         The schedule, on the device of ``indptr``.
@@ -85,27 +136,30 @@ def make_split_schedule(
     block_out, block_in = block
     pointers = indptr.cpu().numpy()
     columns = indices.cpu().numpy() * block_in
-    counts = np.diff(pointers)
+    counts = np.diff(pointers).tolist()
     slices, tiles = ceil_div(block_out, tile_out), ceil_div(tokens, tile_tokens)
-    clocks = (tile_tokens + tile_out) * block_in * item_size / BYTES_PER_CLOCK
-    merge = tile_tokens * tile_out * 4 / MERGE_BYTES_PER_CLOCK
-    n_parts = choose_parts(
-        [clocks * float(count) for count in counts], counts.tolist(), slices * tiles, n_programs,
-        PartCosts(FIXED_CLOCKS, SYNCHRONISE_CLOCKS, merge),
-    )  # fmt: skip
+    tile_bytes = (tile_tokens + tile_out) * block_in * item_size
+    sums_bytes = tile_tokens * tile_out * 4
+    costs = PartCosts(FIXED_CLOCKS, SYNCHRONISE_CLOCKS, sums_bytes / MERGE_BYTES_PER_CLOCK)
+    row_costs = [tile_bytes / BYTES_PER_CLOCK * count for count in counts]
+    copies = slices * tiles
+    cuts = [choose_parts(row_costs, counts, copies, turn * n_programs, costs) for turn in turns]
+    clocks = [Clocks().of_launch(counts, parts, copies, tile_bytes, sums_bytes, n_programs) for parts in cuts]
+    n_parts = cuts[clocks.index(min(clocks))]
     records = []
     place = 0
     for row, parts in enumerate(n_parts):
         for piece in range(slices):
-            for part, (begin, end) in enumerate(cut(int(counts[row]), parts)):
+            for part, (begin, end) in enumerate(cut(counts[row], parts)):
                 first = int(pointers[row]) + begin
                 head = [row * slices + piece, first, end - begin, parts, place, place + part, 0, 0]
                 records.append(head + columns[first : first + end - begin].tolist())
             place += parts if parts > 1 else 0
     records.sort(key=lambda record: -record[2])
     width = ceil_div(len(records[0]), HEAD_FIELDS) * HEAD_FIELDS
-    table = [record + [0] * (width - len(record)) for record in records]
+    table = [record + [PAST] * (width - len(record)) for record in records]
     return SplitSchedule(
         parts=torch.tensor(table, dtype=torch.int32, device=indptr.device),
         counters=torch.zeros((tiles, place), dtype=torch.int32, device=indptr.device),
+        clocks=min(clocks),
     )

@@ -56,6 +56,8 @@ def check(case: LinearCase, config: LinearConfig, dtype: torch.dtype, device: to
         (replace(LONG, extras=EVERYTHING, activation="silu", tokens=(3, 5)), replace(CONFIG, tile_tokens=16)),
         (replace(LONG, block=(128, 64), extras=()), replace(CONFIG, tile_k=32)),
         (replace(LONG, block=(32, 32), extras=("output",)), replace(CONFIG, tile_out=32, tile_k=32)),
+        (replace(LONG, extras=()), replace(CONFIG, tile_k=128)),  # two blocks a step, some parts odd
+        (replace(LONG, block=(64, 16), extras=()), replace(CONFIG, tile_k=64)),
         (LinearCase(200, 136, (64, 64), (19,), extras=EVERYTHING, activation="relu"), CONFIG),
         (LinearCase(64, 64, (64, 64), (0,)), CONFIG),
         (replace(LONG, weight_dtype="int8"), CONFIG),
@@ -76,6 +78,7 @@ def test_sweep_on_the_gpu(block, tokens, dtype, device, monkeypatch):
     base = replace(CONFIG, tile_out=min(block[0], 64), tile_k=min(block[1], 64), num_stages=8)
     for tile_tokens in (32, 64, 128):
         check(case, replace(base, tile_tokens=tile_tokens), dtype, device, monkeypatch)
+    check(case, replace(base, tile_k=2 * block[1], num_stages=5), dtype, device, monkeypatch)
 
 
 @pytest.mark.gpu
@@ -127,6 +130,7 @@ def test_parts_cover_every_block_once():
         first, count = record[1:3]
         columns = operands["indices"][first : first + count] * LONG.block[1]
         assert record[HEAD_FIELDS : HEAD_FIELDS + count] == columns.tolist()
+        assert all(column >= LONG.in_features for column in record[HEAD_FIELDS + count :]), "TMA reads zeros there"
 
 
 def test_parts_are_chosen_by_what_they_cost():
@@ -152,6 +156,8 @@ def test_even_parts_and_their_makespan():
         ({"in_features": 4100}, H200, CONFIG, "multiples of 8"),
         ({"block": (48, 64)}, H200, CONFIG, "divide"),
         ({}, H200, replace(CONFIG, tile_tokens=24), "powers of two"),
+        ({"block": (64, 96)}, H200, replace(CONFIG, tile_k=128), "whole blocks"),
+        ({"block": (64, 16)}, H200, replace(CONFIG, tile_k=256), "8 blocks"),
     ],
 )
 def test_says_why_it_does_not_support(change, device, config, reason):

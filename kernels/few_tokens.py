@@ -1,0 +1,108 @@
+"""How a linear layer runs for few tokens, one to some hundreds, where nobody tuned it: configs as pure functions.
+
+One token is multiplied by ordinary arithmetic ("vector"), up to 16 by one matrix instruction's columns ("decode"), and
+where TMA moves the tiles block rows are cut along the inputs ("split"), for up to some hundreds of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, next_power_of_two, padded_block
+from tetris.kernels.split_schedule import TURNS, SplitSchedule, make_split_schedule
+
+DECODE_TOKENS = 16
+"""Up to one matrix instruction's columns of tokens."""
+EVEN = 1.75
+"""A longest block row of less than this times the mean is not worth cutting for its own sake."""
+SPLIT_TILES, MOST_TILES = (16, 32, 64, 128), 8
+"""Tiles of tokens that are tried for a layout, and the most of them that a layer is cut into while it can help."""
+FEW_PROGRAMS = 4
+"""Programs a multiprocessor up to which one token's are better pipelined than many."""
+
+
+def vector_config(problem: LinearProblem, device: DeviceInfo, longest_row: int = 0) -> LinearConfig:
+    """For one token: 16 outputs a program, four blocks of 64 a step, whole rows or parts (``vector_schedule``).
+
+    Few even rows want a pipeline, because each program's loads are all that a multiprocessor has in flight; many or
+    cut rows fill it without one (H200, with / without: 4096 -> 4096 at 27 %, random 9.1 / 10.5 us, 14336 -> 4096 14.4 /
+    19.4, 4096 -> 14336 16.2 / 14.4; reordered and cut 10.5 / 9.8, 16.1 / 14.8, 17.3 / 15.6).
+    """
+    out, k = padded_block(problem.block)
+    tile_out, tile_k = min(out, 16), max(k, 256)
+    programs = problem.block_rows * (out // tile_out)
+    even = longest_row <= EVEN * problem.n_blocks / problem.block_rows
+    warps, stages = (2, 4) if even and programs <= FEW_PROGRAMS * device.sm_count else (4, 1)
+    return LinearConfig(
+        kernel="vector", tile_tokens=1, tile_out=tile_out, tile_k=tile_k, num_warps=warps, num_stages=stages
+    )
+
+
+def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
+    """For up to 16 tokens: the whole block row, because every slice of it would read the tokens again, and a pipeline
+    of asynchronous copies, so that enough loads are in flight (H200, 16 tokens, 4096 -> 14336 at 27 %: 15.0 us).
+    """
+    out, k = padded_block(problem.block)
+    tile_out, tile_k = min(out, 64), max(k, 128)
+    stages = max(1, min(5, (device.shared_bytes - 4096) // problem.step_bytes(DECODE_TOKENS, tile_out, tile_k)))
+    return LinearConfig(
+        kernel="decode", tile_tokens=DECODE_TOKENS, tile_out=tile_out, tile_k=tile_k, num_warps=4, num_stages=stages
+    )
+
+
+def split_config(problem: LinearProblem, device: DeviceInfo, tile_tokens: int = 0) -> LinearConfig:
+    """The split kernel: tiles of 64 outputs and about half of the tokens, as deep a pipeline as shared memory holds.
+
+    H200, 4096 -> 4096, random and reordered at 27 %: 64 tokens in tiles of 32 / 64: 10.9 / 11.9 and 13.0 / 13.7 us;
+    128 in tiles of 64 / 128: 12.0 / 12.7 and 14.8 / 14.4; 256 in tiles of 64 / 128: 14.4 / 13.8 and 17.7 / 15.8.
+    One-byte weights are widened again for every tile: 64 tokens in tiles of 32 / 64, random: 15.5 / 13.2 us with int8,
+    14.0 / 12.7 with float8.
+
+    Args:
+        tile_tokens: instead of about half; for a known layout see :func:`fastest_split`.
+    """
+    tile_out, tile_k = min(problem.block[0], 64), min(problem.block[1], 64)
+    tokens, least = next_power_of_two(problem.tokens, 16), 64 if problem.weight_dtype else 32
+    half = 16 if problem.tokens <= DECODE_TOKENS else max(min(tokens, least), min(128, tokens // 2))
+    tile = tile_tokens or half
+    buffers = (device.shared_bytes - 8192) // problem.step_bytes(tile, tile_out, tile_k)
+    return LinearConfig(
+        kernel="split", tile_tokens=tile, tile_out=tile_out, tile_k=tile_k, num_stages=max(2, min(10, 2 * buffers - 1))
+    )
+
+
+def fastest_split(
+    problem: LinearProblem, device: DeviceInfo, indptr: torch.Tensor, indices: torch.Tensor
+) -> tuple[LinearConfig, SplitSchedule]:
+    """The split kernel's config and schedule that promise to end first on a layout.
+
+    Small tiles balance better and have small sums to add, large ones read less. One-byte weights keep the usual tile.
+
+    Cost: up to four schedules, 5 to 50 ms of host time.
+    """
+    tokens = next_power_of_two(problem.tokens, 16)
+    least = min(tokens // MOST_TILES, SPLIT_TILES[-1])
+    tiles = [0] if problem.weight_dtype else [tile for tile in SPLIT_TILES if least <= tile <= tokens]
+    configs = [split_config(problem, device, tile) for tile in tiles]
+    made = [(config, split_schedule(problem, config, indptr, indices, device.sm_count)) for config in configs]
+    return min(made, key=lambda choice: choice[1].clocks)
+
+
+def split_schedule(
+    problem: LinearProblem, config: LinearConfig, indptr: torch.Tensor, indices: torch.Tensor, sm_count: int
+) -> SplitSchedule:
+    """The split kernel's schedule for a layout."""
+    return make_split_schedule(
+        indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
+        tile_out=config.tile_out, n_programs=sm_count, turns=TURNS,
+    )  # fmt: skip
+
+
+def cutting_pays(problem: LinearProblem, longest_row: int) -> bool:
+    """Whether 2 to 16 tokens are faster with block rows cut along the inputs than one program a row.
+
+    Where one row keeps far more than the others, and with blocks of 64 inputs always (H200, 8 tokens, 25088 -> 4096 at
+    4 %: reordered 58 -> 12.5 us, random 13.3 -> 10.5; 4096 -> 14336 16.2 -> 14.4).
+    """
+    uneven = longest_row > EVEN * problem.n_blocks / problem.block_rows and longest_row * problem.block[1] >= 1536
+    return uneven or (problem.block[1] >= 64 and not problem.weight_dtype)
