@@ -34,6 +34,8 @@ from tetris.bench.tuning_cases import SUITES
 
 RESULT = "result "
 GRACE_SECONDS = 15.0
+KERNELS = "TETRIS_BENCH_KERNELS"
+"""Where the search's kernels go; what making the layers compiles is no part of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +75,7 @@ def run_processes(processes: int, args: argparse.Namespace, most: int, folder: P
     command += ["-m", "tetris.bench.tuning_scaling_bench", str(args.budget or 0), str(most), *args.suite]
     environment = os.environ | {
         "TETRIS_CACHE_DIR": str(folder / f"store {processes}"),
-        "TRITON_CACHE_DIR": str(folder / f"kernels {processes}"),
+        KERNELS: str(folder / f"kernels {processes}"),
     }
     found: dict[int, dict[str, Any]] = {}
     for line in lines_of(command, environment, args.run_seconds):
@@ -145,6 +147,7 @@ def main() -> None:
     wanted = [case.wanted(str(gpu), torch.float16, budget=budget) for case in cases]
     outcomes: list[Outcome] = []
     torch.cuda.synchronize()
+    os.environ["TRITON_CACHE_DIR"] = os.environ[KERNELS]
     team = Team.of_torchrun()
     team.announce(f"ready {team.rank}", "")
     team.wait_for(f"ready {rank}" for rank in range(team.world))

@@ -65,7 +65,7 @@ class SuiteSearch:
         for item in wanted:
             tried = self.found.tried[item.key]
             reasons = [self.known.get((item.name, config.to_key()), "") for config in tried]
-            if any(reasons):
+            if any(reasons) and not compiles:
                 self.found.compiled[item.key] = [Compiled(reason, 0.0) for reason in reasons]
         compiled_at = time.monotonic()
         self.found.measure(TuningStore(), self.on_outcome)

@@ -121,8 +121,15 @@ def test_a_cold_search_compiles_into_an_empty_cache(
     seen: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "filled"))
     monkeypatch.setattr(tune_problems.Search, "compile", lambda *arguments: seen.append(os.environ["TRITON_CACHE_DIR"]))
+    (case,) = [case for case in SUITES["small"] if case.layer.name == "fc"]
+    tried = candidates(case.wanted("cpu", torch.float32).problem, H200, budget=3)
+    late = Row(
+        "tuning", case.name, "failure", status="failed: not compiled in time", extra={"config": tried[1].to_key()}
+    )
+    write_csv(tmp_path / "tuning_failures.csv", [late])
     args.stage, args.cold = "measure", ["small"]
     rows = tuning_bench.run(args)
+    assert not any(row.extra.get("late") for row in rows), "what an earlier run could not compile this one does"
     assert len(seen) == 1 and seen[0] != str(tmp_path / "filled") and not Path(seen[0]).exists()
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "filled")
     assert next(row for row in rows if row.provider == "search").extra["cache"] == "empty"

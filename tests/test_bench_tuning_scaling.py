@@ -42,7 +42,7 @@ def test_runs_are_compared_with_one_process(tmp_path: Path, monkeypatch: pytest.
     caches: list[str] = []
 
     def lines_of(command, environment, seconds):
-        caches.extend((environment["TETRIS_CACHE_DIR"], environment["TRITON_CACHE_DIR"]))
+        caches.extend((environment["TETRIS_CACHE_DIR"], environment[tuning_scaling_bench.KERNELS]))
         assert command[-4:] == ["0", "4", "vgg16", "resnet50"] and seconds == 60
         return iter(["noise\n", *next(texts)])
 
