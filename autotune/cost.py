@@ -101,7 +101,8 @@ def _portable_conv2d(problem: Conv2dProblem, device: DeviceInfo, config: Conv2dC
 def _linear(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> Work:
     tiles = ceil_div(problem.tokens, config.tile_tokens)
     work = _portable(problem, device, config, tiles, config.tile_tokens, 1)
-    return replace(work, persistent=True, stall=1.0, per_sm=1) if config.kernel in SCHEDULED else work
+    scheduled = config.kernel in SCHEDULED and config.kernel != "vector"
+    return replace(work, persistent=True, stall=1.0, per_sm=1) if scheduled else work
 
 
 def _portable(problem: Problem, device: DeviceInfo, config: Config, tiles: int, pixels: int, taps: int) -> Work:
@@ -109,7 +110,7 @@ def _portable(problem: Problem, device: DeviceInfo, config: Config, tiles: int, 
     out, k = padded_block(problem.block)
     channels = problem.n_blocks / problem.block_rows * k
     tile_out = min(config.tile_out or out, out)
-    rows = max(tile_out, MATRIX_ROWS) if config.kernel != "decode" else tile_out
+    rows = max(tile_out, MATRIX_ROWS) if config.kernel not in ("decode", "vector") else tile_out
     step = config.tile_k or k
     l2_bytes = item * ((pixels + tile_out) * channels * taps + pixels * tile_out)
     shared = max(1, (config.num_stages + 1) // 2) * (pixels + tile_out) * step * item

@@ -21,8 +21,9 @@ from tetris.kernels.configs import (
     padded_block,
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
+from tetris.kernels.few_tokens import DECODE_TOKENS, decode_config, split_config, vector_config
 from tetris.kernels.hopper.tile_choice import ranked_configs
-from tetris.kernels.linear_paths import DECODE_TOKENS, choose_linear_config, decode_config, linear_refuses, split_config
+from tetris.kernels.linear_paths import choose_linear_config, linear_refuses
 from tetris.layout import ceil_div
 
 Config = Conv2dConfig | LinearConfig
@@ -176,7 +177,7 @@ def _decode_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Linea
     if problem.tokens > DECODE_TOKENS:
         return
     out, k = padded_block(problem.block)
-    base = decode_config(problem, device)
+    base = decode_config(problem, device) if problem.tokens > 1 else vector_config(problem, device)
     for tile_out, tile_k, warps, stages in itertools.product(
         {16, min(32, out), out}, (64, 128, 256), (2, 4), (1, 2, 4)
     ):

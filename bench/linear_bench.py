@@ -36,6 +36,7 @@ from tetris.kernels.linear_paths import (
     linear_refuses,
     linear_schedule,
     split_config,
+    vector_config,
 )
 from tetris.tolerances import relative_error, tolerance
 
@@ -92,7 +93,7 @@ def tetris_callable(case: Case, operands: Operands, config: LinearConfig) -> Run
 def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
     """Few configs that a tuner would try: two tiles of each kernel that takes the problem."""
     if problem.tokens <= DECODE_TOKENS:
-        base = decode_config(problem, info)
+        base = decode_config(problem, info) if problem.tokens > 1 else vector_config(problem, info)
         shapes = [(16, 256, 4, 1), (64, 128, 4, 5), (64, 256, 4, 3)]
         found = [
             replace(base, tile_out=out, tile_k=k, num_warps=warps, num_stages=stages)

@@ -1,8 +1,8 @@
 """Which of the linear kernels runs a problem: pure functions of the problem and the device, and a table of launchers.
 
-Few tokens are bound by reading the kept weights ("decode"), many by arithmetic and by fetching input tiles ("hopper"
-where the GPU and the shapes allow it, "narrow" where small blocks lie scattered), everything else and everything in
-between is "portable". The choice is data in the config; no path is tried and given up.
+Few tokens are bound by reading the kept weights (``few_tokens``), many by arithmetic and by fetching input tiles
+("hopper" where the GPU and the shapes allow it, "narrow" where small blocks lie scattered), everything else and
+everything in between is "portable". The choice is data in the config; no path is tried and given up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from tetris.kernels.configs import (
     LinearProblem,
     default_linear_config,
     next_power_of_two,
-    padded_block,
+)
+from tetris.kernels.few_tokens import (
+    DECODE_TOKENS,
+    cutting_pays,
+    decode_config,
+    split_config,
+    split_schedule,
+    vector_config,
 )
 from tetris.kernels.hopper.linear import supports as hopper_supports
 from tetris.kernels.hopper.linear_schedule import (
@@ -31,15 +38,13 @@ from tetris.kernels.hopper.linear_schedule import (
 )
 from tetris.kernels.hopper.narrow_linear import supports as narrow_supports
 from tetris.kernels.hopper.narrow_linear_schedule import TILE_TOKENS, NarrowSchedule, make_narrow_schedule
-from tetris.kernels.split_schedule import SplitSchedule, make_split_schedule
+from tetris.kernels.split_schedule import SplitSchedule
 from tetris.kernels.split_schedule import supports as split_supports
+from tetris.kernels.vector_schedule import VectorSchedule, make_vector_schedule
+from tetris.kernels.vector_schedule import supports as vector_supports
 from tetris.layout import ceil_div
 
-DECODE_TOKENS = 16
-"""Up to one matrix instruction's columns of tokens."""
-
-
-SCHEDULED = ("hopper", "narrow", "split")
+SCHEDULED = ("hopper", "narrow", "split", "vector")
 """The kernels that take an offline schedule."""
 
 
@@ -57,25 +62,6 @@ def refuses_weights(weight_dtype: str, device: DeviceInfo) -> str | None:
     if weight_dtype == "float8_e4m3fn" and (device.backend != "cuda" or device.capability < (8, 9)):
         return f"needs an NVIDIA GPU of compute capability 8.9 or newer; {device.name} has {device.capability}"
     return None
-
-
-def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
-    """For a few tokens: enough loads in flight on every multiprocessor.
-
-    One token: small programs, all resident at once, four blocks of 64 a step (H200, 4096 -> 14336 at 27 %: 14.3 us of
-    cuBLAS' 33.2). More tokens: the whole block row, because every slice of it would read the tokens again, and a
-    pipeline of asynchronous copies (15.0 us).
-    """
-    out, k = padded_block(problem.block)
-    if problem.tokens <= 1:
-        return LinearConfig(
-            kernel="decode", tile_tokens=1, tile_out=min(out, 16), tile_k=max(k, 256), num_warps=4, num_stages=1
-        )
-    tile_out, tile_k = min(out, 64), max(k, 128)
-    stages = max(1, min(5, (device.shared_bytes - 4096) // problem.step_bytes(DECODE_TOKENS, tile_out, tile_k)))
-    return LinearConfig(
-        kernel="decode", tile_tokens=DECODE_TOKENS, tile_out=tile_out, tile_k=tile_k, num_warps=4, num_stages=stages
-    )
 
 
 def hopper_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
@@ -105,35 +91,6 @@ def medium_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     return replace(config, tile_tokens=tile, num_stages=max(2, min(10, stages)))
 
 
-def split_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
-    """The split kernel: tiles of 64 outputs and about half of the tokens, as deep a pipeline as shared memory holds.
-
-    H200, 4096 -> 4096, random and reordered at 27 %: 64 tokens in tiles of 32 / 64: 10.9 / 11.9 and 13.0 / 13.7 us;
-    128 in tiles of 64 / 128: 12.0 / 12.7 and 14.8 / 14.4; 256 in tiles of 64 / 128: 14.4 / 13.8 and 17.7 / 15.8.
-    One-byte weights are widened again for every tile: 64 tokens in tiles of 32 / 64, random: 15.5 / 13.2 us with int8,
-    14.0 / 12.7 with float8.
-    """
-    tile_out, tile_k = min(problem.block[0], 64), min(problem.block[1], 64)
-    tokens, least = next_power_of_two(problem.tokens, 16), 64 if problem.weight_dtype else 32
-    tile = 16 if problem.tokens <= DECODE_TOKENS else max(min(tokens, least), min(128, tokens // 2))
-    buffers = (device.shared_bytes - 8192) // problem.step_bytes(tile, tile_out, tile_k)
-    return LinearConfig(
-        kernel="split", tile_tokens=tile, tile_out=tile_out, tile_k=tile_k, num_stages=max(2, min(10, 2 * buffers - 1))
-    )
-
-
-def cutting_pays(problem: LinearProblem, longest_row: int) -> bool:
-    """Whether at most 16 tokens are faster with block rows cut along the inputs than one program a row.
-
-    One token: only where one row keeps far more than the others (H200, 25088 -> 4096 at 4 % reordered: 12.7 against
-    42 us; random 10.4 against 11.1; 4096 -> 4096 at 4 % random, where rows are short, 7.5 against 6.9). More tokens,
-    blocks of 64 inputs: always (8 tokens: 58 -> 12.5, 13.3 -> 10.5, 8.0 -> 7.9 us; 4096 -> 14336 16.2 -> 14.4).
-    """
-    mean = problem.n_blocks / problem.block_rows
-    uneven = longest_row > 1.75 * mean and longest_row * problem.block[1] >= 1536
-    return uneven or (problem.tokens > 1 and problem.block[1] >= 64 and not problem.weight_dtype)
-
-
 def choose_linear_config(
     problem: LinearProblem, device: DeviceInfo, *, permuted: bool = False, longest_row: int = 0
 ) -> LinearConfig:
@@ -145,9 +102,12 @@ def choose_linear_config(
     """
     split = split_config(problem, device)
     splits = not permuted and device.capability == (9, 0) and split_supports(problem, device, split) is None
+    if problem.tokens <= 1:
+        return vector_config(problem, device, longest_row)
     if problem.tokens <= DECODE_TOKENS:
         return split if splits and cutting_pays(problem, longest_row) else decode_config(problem, device)
-    if splits and ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128) <= device.sm_count:
+    tiles = ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128)
+    if splits and (tiles <= device.sm_count or (problem.tokens <= 128 and problem.block[0] % 64 == 0)):
         return split
     config = hopper_config(problem, device)
     if not permuted and hopper_supports(problem, device, config) is None:
@@ -194,6 +154,8 @@ def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearCon
         return narrow_supports(problem, device, config)
     if config.kernel == "split":
         return split_supports(problem, device, config)
+    if config.kernel == "vector":
+        return vector_supports(problem)
     if config.kernel == "decode" and problem.tokens > DECODE_TOKENS:
         return f"takes {DECODE_TOKENS} tokens at most; got {problem.tokens}"
     return None
@@ -201,7 +163,7 @@ def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearCon
 
 def linear_schedule(
     problem: LinearProblem, config: LinearConfig, indptr: torch.Tensor, indices: torch.Tensor, sm_count: int
-) -> LinearSchedule | NarrowSchedule | SplitSchedule | None:
+) -> LinearSchedule | NarrowSchedule | SplitSchedule | VectorSchedule | None:
     """The offline schedule of a config's kernel for one layout; None where it takes none."""
     if config.kernel == "hopper":
         return make_linear_schedule(
@@ -211,10 +173,9 @@ def linear_schedule(
     if config.kernel == "narrow":
         return make_narrow_schedule(indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=sm_count)
     if config.kernel == "split":
-        return make_split_schedule(
-            indptr, indices, block=problem.block, tokens=problem.tokens, tile_tokens=config.tile_tokens,
-            tile_out=config.tile_out, n_programs=sm_count * (2 if config.tile_tokens <= DECODE_TOKENS else 1),
-        )  # fmt: skip
+        return split_schedule(problem, config, indptr, indices, sm_count)
+    if config.kernel == "vector":
+        return make_vector_schedule(indptr, problem.block, config, sm_count)
     return None
 
 
@@ -232,6 +193,10 @@ def linear_launcher(kernel: str) -> Callable[..., torch.Tensor]:
         from tetris.kernels import linear_split
 
         return linear_split.block_sparse_linear
+    if kernel == "vector":
+        from tetris.kernels import linear_vector
+
+        return linear_vector.block_sparse_linear
     if kernel == "decode":
         from tetris.kernels import linear_decode
 

@@ -136,7 +136,7 @@ def test_configurations_that_do_not_fit_are_passed_over(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("tokens", "kernels"),
-    [(1, {"decode", "split"}), (128, {"hopper", "split", "portable"}), (8192, {"hopper", "portable"})],
+    [(1, {"vector", "split"}), (128, {"hopper", "split", "portable"}), (8192, {"hopper", "portable"})],
 )
 def test_candidates_are_the_kernels_that_suit_the_tokens(tokens, kernels):
     problem = LinearProblem(tokens, 4096, 4096, (64, 64), "float16", 1100)

@@ -60,6 +60,8 @@ def test_a_hopper_convolution_permutes_whole_groups_of_outputs(h200):
 
 
 def test_a_schedule_with_a_copy_of_the_values_is_made_again_when_they_change(h200):
+    from tetris.kernels.hopper.schedule import Schedule
+
     layout = random_layout((128, 128), (64, 64), 0.5).without_empty_rows()
     steps = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=4, tile_k=32)
     layer = BlockSparseConv2d(
@@ -68,12 +70,13 @@ def test_a_schedule_with_a_copy_of_the_values_is_made_again_when_they_change(h20
     )  # fmt: skip
     x = torch.zeros(32, 128, 28, 28, dtype=torch.float16)
     first = layer.launch(x)
-    assert len(first.schedule) == 3 and layer.launch(x) is first
+    assert Schedule.from_tensors(first.schedule).weights is not None and layer.launch(x) is first
     with torch.no_grad():
         layer.values.mul_(2)
     assert torch.equal(layer.launch(x).schedule[-1], 2 * first.schedule[-1])
     layer.values.requires_grad_()
-    assert len(layer.launch(x).schedule) == 2  # in training every launch reads the values themselves
+    in_training = Schedule.from_tensors(layer.launch(x).schedule)
+    assert in_training.weights is None, "every launch reads the values themselves"
 
 
 def test_a_given_key_is_taken_as_it_is(h200):
@@ -90,24 +93,24 @@ def test_linear_layers_get_the_kernel_of_their_tokens_and_layout(h200):
     scattered = linear_launch(small, *lists((4096, 4096), 0.27, (32, 32)))
     assert LinearConfig.from_key(scattered.config).kernel == "narrow" and len(scattered.schedule) == 4
     few = linear_launch(replace(LINEAR, tokens=1), *lists((4096, 4096), 0.27))
-    assert LinearConfig.from_key(few.config).kernel == "decode" and few.schedule == []
+    assert LinearConfig.from_key(few.config).kernel == "vector" and len(few.schedule) == 2
     wide = replace(LINEAR, in_features=25088, n_blocks=1004)
     scattered = linear_launch(wide, *lists((4096, 25088), 0.04))  # its strips share hardly any inputs
     assert LinearConfig.from_key(scattered.config).kernel == "portable" and scattered.schedule == []
 
 
 def test_a_long_row_overrules_a_choice_that_was_tuned_on_another_layout(h200, monkeypatch: pytest.MonkeyPatch):
-    one = LinearProblem(1, 8192, 1024, (64, 64), "float16", 143)
-    tuned = decode_config(one, H200)
+    few = LinearProblem(8, 8192, 1024, (64, 64), "float16", 143, "int8")
+    tuned = decode_config(few, H200)
     monkeypatch.setattr(dispatch, "shipped_linear_choice", lambda problem, device: tuned)
     mask = torch.zeros(16, 128, dtype=torch.bool)
     mask[:, 0] = mask[0] = True
     layout = BlockLayout.from_mask(mask, (1024, 8192), (64, 64))
-    launch = linear_launch(one, layout.indptr, layout.indices)
+    launch = linear_launch(few, layout.indptr, layout.indices)
     assert LinearConfig.from_key(launch.config).kernel == "split" and len(launch.schedule) == 2
     even = random_layout((1024, 8192), (64, 64), 0.07).without_empty_rows()
-    assert linear_launch(one, even.indptr, even.indices) == Launch(tuned.to_key(), [])
-    assert linear_launch(one, layout.indptr, layout.indices, key=tuned.to_key()) == Launch(tuned.to_key(), [])
+    assert linear_launch(few, even.indptr, even.indices) == Launch(tuned.to_key(), [])
+    assert linear_launch(few, layout.indptr, layout.indices, key=tuned.to_key()) == Launch(tuned.to_key(), [])
 
 
 def test_older_gpus_run_the_portable_kernels(monkeypatch: pytest.MonkeyPatch):
@@ -141,12 +144,12 @@ def test_launchers_are_found_by_the_name_in_the_config():
     assert conv2d_launcher("portable").__module__ == "tetris.kernels.conv2d"
     assert linear_launcher("hopper").__module__.endswith("hopper.linear")
     assert linear_launcher("decode").__module__.endswith("linear_decode")
+    assert linear_launcher("vector").__module__.endswith("linear_vector")
     assert linear_launcher("portable").__module__ == "tetris.kernels.linear"
 
 
 def test_decode_and_medium_configs_fit_shared_memory():
-    one, few = decode_config(replace(LINEAR, tokens=1), H200), decode_config(replace(LINEAR, tokens=16), H200)
-    assert (one.tile_tokens, one.tile_out, one.num_stages) == (1, 16, 1)
+    few = decode_config(replace(LINEAR, tokens=16), H200)
     assert (few.tile_out + 16) * few.tile_k * 2 * few.num_stages <= H200.shared_bytes and few.num_stages > 1
     medium = medium_config(replace(LINEAR, tokens=128), H200)
     assert medium.tile_tokens <= 64

@@ -20,13 +20,13 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.device import device_info
+from tetris.kernels.few_tokens import cutting_pays, fastest_split
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear_schedule import LinearSchedule
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
 from tetris.kernels.linear_paths import (
     NARROW,
     choose_linear_config,
-    cutting_pays,
     hardly_shares,
     linear_refuses,
     linear_schedule,
@@ -111,6 +111,9 @@ def linear_launch(
         config = None  # tuned on another layout
     if config is None or linear_refuses(problem, device, config) is not None:
         config = choose_linear_config(problem, device, longest_row=longest_row)
+        if config.kernel == "split":
+            config, split = fastest_split(problem, device, indptr, indices)
+            return Launch(config.to_key(), split.tensors)
     schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
     if schedule is None:
         return Launch(config.to_key())

@@ -39,8 +39,8 @@ LARGE = LinearProblem(8192, 4096, 4096, (64, 64), "float16", 1106)
         (replace(LARGE, tokens=16), H200, "split"),
         (replace(LARGE, tokens=16, block=(128, 16)), H200, "decode"),
         (replace(LARGE, tokens=16), A100, "decode"),
-        (replace(LARGE, tokens=1), H200, "decode"),
-        (replace(LARGE, tokens=1), A100, "decode"),
+        (replace(LARGE, tokens=1), H200, "vector"),
+        (replace(LARGE, tokens=1), A100, "vector"),
     ],
 )
 def test_kernel_by_problem(problem, device, kernel):
@@ -49,7 +49,7 @@ def test_kernel_by_problem(problem, device, kernel):
 
 def test_permuted_calls_do_not_move_whole_tiles():
     assert choose_linear_config(LARGE, H200, permuted=True).kernel == "portable"
-    assert choose_linear_config(replace(LARGE, tokens=1), H200, permuted=True).kernel == "decode"
+    assert choose_linear_config(replace(LARGE, tokens=1), H200, permuted=True).kernel == "vector"
 
 
 def test_fewer_tokens_take_smaller_tiles_so_that_every_multiprocessor_works():
@@ -59,15 +59,18 @@ def test_fewer_tokens_take_smaller_tiles_so_that_every_multiprocessor_works():
     assert tiles == [128, 64, 32, 32, 16]
 
 
-def test_one_token_is_cut_where_a_row_is_far_longer_than_the_others():
-    one = LinearProblem(1, 25088, 4096, (64, 64), "float16", 1003)
-    assert choose_linear_config(one, H200, longest_row=16).kernel == "decode"
-    assert choose_linear_config(one, H200, longest_row=215).kernel == "split"
-    short = replace(one, in_features=4096, n_blocks=163)
-    assert choose_linear_config(short, H200, longest_row=8).kernel == "decode", "three times the mean, but short"
-    assert cutting_pays(replace(one, tokens=8), 16) and not cutting_pays(
-        replace(one, tokens=8, weight_dtype="int8"), 16
-    )
+def test_one_token_is_pipelined_where_programs_are_few_and_rows_even():
+    one = LinearProblem(1, 4096, 4096, (64, 64), "float16", 1106)
+    assert choose_linear_config(one, H200, longest_row=26).num_stages > 1
+    assert choose_linear_config(one, H200, longest_row=60).num_stages == 1, "rows are cut"
+    assert choose_linear_config(replace(one, out_features=14336, n_blocks=3871), H200, longest_row=27).num_stages == 1
+
+
+def test_few_tokens_are_cut():
+    few = LinearProblem(8, 25088, 4096, (64, 64), "float16", 1003)
+    assert cutting_pays(few, 16) and not cutting_pays(replace(few, weight_dtype="int8"), 16)
+    assert cutting_pays(replace(few, weight_dtype="int8"), 215)
+    assert choose_linear_config(few, H200, longest_row=16).kernel == "split"
 
 
 def test_schedules_by_the_kernel():

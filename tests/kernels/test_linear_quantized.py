@@ -19,7 +19,7 @@ EVERYTHING = ("bias", "residual", "input", "output")
 DESCRIPTORS = LinearConfig(tile_tokens=16, tile_k=16)
 POINTERS = LinearConfig(tile_tokens=16, tile_k=32, descriptors=False, permute_first=False)
 DECODE = LinearConfig(kernel="decode", tile_out=16, tile_k=64, num_stages=1)
-ONE = LinearConfig(kernel="decode", tile_tokens=1, tile_out=16, tile_k=64, num_stages=1)
+ONE = LinearConfig(kernel="vector", tile_tokens=1, tile_out=16, tile_k=64, num_stages=1)
 
 CASES = [
     ({}, DESCRIPTORS),
