@@ -35,6 +35,7 @@ class Tuning:
         entries: the choice for every distinct problem of the model, in the order of its layers.
         layers: names of the layers by problem key.
         reused: keys that were in the store already.
+        ruled_out: how many valid configurations the cost model (or the budget) left out.
         failures: configurations that did not run or answered wrongly in this process, with the reason.
         compile_seconds, measured_seconds: this process's share of the work: processor seconds of compiling, and seconds
             on the GPU.
@@ -44,6 +45,7 @@ class Tuning:
     entries: list[Entry] = field(default_factory=list)
     layers: dict[str, list[str]] = field(default_factory=dict)
     reused: set[str] = field(default_factory=set)
+    ruled_out: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
     measured_seconds: float = 0.0
@@ -71,6 +73,7 @@ class Tuning:
         head = ["layer", "kernel", "default us", "tuned us", "gain", ""]
         lines = [tabulate(rows, headers=head, disable_numparse=True)]
         lines += [f"{key}: no configuration runs" for key in self.layers if key not in self.keys()]
+        lines += [f"{self.ruled_out} configurations ruled out without a try"] if self.ruled_out else []
         lines += [f"{len(self.failures)} configurations failed or were wrong"] if self.failures else []
         return "\n".join([*lines, f"{self.seconds:.1f} s, of which {self.measured_seconds:.1f} s on the GPU"])
 
@@ -162,6 +165,7 @@ def tune_model(
     known = {} if again else {key: _known(store, item, device) for key, item in distinct.items()}
     missing = json.loads(team.agree("missing", json.dumps([key for key in distinct if known.get(key) is None])))
     search = Search([distinct[key] for key in missing], device, team, progress)
+    tuning.ruled_out = sum(search.ruled_out.values())
     search.compile(workers)
     found = search.measure(store, tuning.add)
     by_key = {problem_key(entry.problem, entry.max_pool): entry for entry in found}

@@ -252,6 +252,7 @@ def test_a_model_is_tuned_once_stored_and_resumed(tmp_path, monkeypatch: pytest.
     store = TuningStore(tmp_path, tables=tmp_path / "none")
     calls: list[tuple[str, int, int]] = []
     found = tune_model(fast, x, store=store, budget=5, workers=0, progress=lambda *call: calls.append(call))
+    assert f"{found.ruled_out} configurations ruled out" in str(found) and found.ruled_out > 20
     assert len(found.entries) == 1 and not found.reused and calls[-1][1:] == (1, 1)  # both layers are one problem
     assert list(found.layers.values()) == [["0", "2"]]
     key = found.entries[0].config.to_key()
