@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 from tetris.autotune.compile_ahead import LATE, CompilePool, Worker, start_workers
-from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
+from tetris.autotune.compile_job import PARTS, Job, distinct_kernels, even_layout, run_once
 from tetris.autotune.team import Team
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
 
@@ -55,6 +56,11 @@ def test_a_pool_tells_every_job_s_outcome_and_time() -> None:
     seen: list[int] = []
     fine, failed, other = pool.results(seen.append)
     assert fine.reason == "" and fine.seconds > 0 and "no_such_dtype" in failed.reason
+    assert pool.team.tally("job") == 3
+    for done in (fine, failed, other):
+        assert done.parts is not None and done.parts["worker"] in (0, 1)
+        assert set(PARTS) - set(done.parts) <= {"compiler", "launch"}, "the one that failed launched nothing"
+        assert done.parts["started"] < done.parts["ready"] <= done.parts["began"] <= time.monotonic()
     assert other.reason == "" and seen == sorted(seen) and set(seen) <= {0, 1, 2, 3}
     pool.close()
 
@@ -86,6 +92,7 @@ def test_jobs_that_are_late_are_told_apart() -> None:
     pool = CompilePool([Job(CONV), Job(LINEAR)], "cpu", workers=1)
     assert pool.results(seconds=0.01) == [LATE, LATE]
     pool.close()
+    assert all(worker.process.poll() is not None for worker in pool._workers), "they have left the GPU"
 
 
 def test_two_pools_of_a_team_share_the_jobs() -> None:
