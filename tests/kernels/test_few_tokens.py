@@ -1,0 +1,68 @@
+"""How few tokens run where nobody tuned them: configs, and cuts and tiles by their estimated clocks. No GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.fake_gpu import H200
+from tetris.bench.cases import random_layout, reordered_layout
+from tetris.kernels.configs import LinearProblem
+from tetris.kernels.few_tokens import fastest_split, split_config, split_schedule, vector_config
+from tetris.kernels.linear_paths import linear_refuses
+from tetris.kernels.split_schedule import TURNS, Clocks, make_split_schedule
+
+
+def layer(make, tokens: int, out_features: int, in_features: int, kept: float = 0.27, **changes):
+    layout = make((out_features, in_features), (64, 64), kept).without_empty_rows()
+    problem = LinearProblem(tokens, in_features, out_features, (64, 64), "float16", layout.n_blocks)
+    return replace(problem, **changes), layout
+
+
+def tile_of(make, tokens: int, out_features: int, in_features: int, **options) -> int:
+    problem, layout = layer(make, tokens, out_features, in_features, **options)
+    config, schedule = fastest_split(problem, H200, layout.indptr, layout.indices)
+    assert linear_refuses(problem, H200, config) is None
+    again = split_schedule(problem, config, layout.indptr, layout.indices, H200.sm_count)
+    assert again.parts.equal(schedule.parts), "a config and a layout give one schedule"
+    return config.tile_tokens
+
+
+def test_small_tiles_where_few_rows_keep_most_and_large_ones_where_there_is_much_to_read():
+    assert tile_of(reordered_layout, 128, 1024, 4096) <= 32
+    assert tile_of(reordered_layout, 128, 4096, 14336) == 128
+    assert tile_of(reordered_layout, 32, 4096, 4096, kept=0.04) == 16
+    assert tile_of(reordered_layout, 16, 4096, 4096) == 16
+    assert tile_of(random_layout, 4096, 256, 512) == 128, "there is no larger one"
+
+
+def test_stored_weights_keep_the_usual_tile():
+    usual = split_config(layer(reordered_layout, 128, 1024, 4096, weight_dtype="int8")[0], H200).tile_tokens
+    assert tile_of(reordered_layout, 128, 1024, 4096, weight_dtype="int8") == usual == 64
+
+
+@pytest.mark.parametrize("make", [random_layout, reordered_layout])
+def test_the_cut_that_promises_to_end_first_is_taken(make):
+    _, layout = layer(make, 16, 4096, 4096)
+    options = dict(block=(64, 64), tokens=16, tile_tokens=16, tile_out=64, n_programs=132)
+    each = [make_split_schedule(layout.indptr, layout.indices, turns=(turn,), **options).clocks for turn in TURNS]
+    assert make_split_schedule(layout.indptr, layout.indices, turns=TURNS, **options).clocks == min(each)
+
+
+def test_clocks_grow_with_the_work_and_with_the_longest_row():
+    clocks = Clocks()
+
+    def of(counts, parts, sm_count=132):
+        return clocks.of_launch(counts, parts, 2, 16384, 16384, sm_count)
+
+    assert of([16] * 64, [1] * 64) < of([32] * 64, [1] * 64) < of([32] * 64, [1] * 64, sm_count=66)
+    assert of([64] + [8] * 63, [1] * 64) > of([64] + [8] * 63, [4] + [1] * 63), "one long row is worth cutting"
+    assert of([4] * 64, [1] * 64) < of([4] * 64, [2] * 64), "short rows are not"
+
+
+def test_one_token_is_pipelined_where_programs_are_few_and_rows_even():
+    one = LinearProblem(1, 4096, 4096, (64, 64), "float16", 1106)
+    assert vector_config(one, H200, 26).num_stages > 1
+    assert vector_config(one, H200, 60).num_stages == 1, "rows are cut"
+    assert vector_config(replace(one, out_features=14336, n_blocks=3871), H200, 27).num_stages == 1, "many programs"
