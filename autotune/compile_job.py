@@ -22,6 +22,7 @@ from tetris.autotune.problems import Problem, SparseLayer
 from tetris.autotune.space import default_config
 from tetris.autotune.steps import Steps
 from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
+from tetris.kernels.recording import unrecorded
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout, grid_shape
 from tetris.tuned_choices import shipped_choice
@@ -45,7 +46,8 @@ PARTS = {
 class Job:
     """One kernel to compile: a problem, a config key ("" = the default choice) and the epilogue.
 
-    ``indptr`` and ``indices`` are the layer's layout, where it is known: some kernels depend on how uneven it is.
+    ``indptr`` and ``indices`` are the layer's layout, where it is known: some kernels depend on how uneven it is, and
+    those of convolutions on which of its blocks, ``zeros``, hold nothing but zeros.
     """
 
     problem: Problem
@@ -56,6 +58,7 @@ class Job:
     residual: bool = False
     indptr: tuple[int, ...] = ()
     indices: tuple[int, ...] = ()
+    zeros: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -97,15 +100,18 @@ def kernel_of(job: Job, device: DeviceInfo) -> tuple[object, ...]:
 
 @torch.no_grad()
 def run_once(job: Job, device: str, steps: Steps | None = None) -> torch.Tensor:
-    """Run a layer of zeros for the job once: the launch compiles what is missing."""
+    """Run a layer of ones on zeros for the job once: the launch compiles what is missing.
+
+    Its kernels are called as they are: to register or to record the call would import seconds' worth of torch.
+    """
     steps = steps or Steps()
     with steps.timed("layer"):
         layer, x = _layer_and_input(replace(job, config=""), device)
-        residual = (_residual(job.problem, x),) if job.residual else ()
+        residual = _residual(job.problem, x) if job.residual else None
     layer.config = job.config
     layer._launches.clear()
-    with steps.timed("launch"), steps.watching_the_compiler():
-        y = layer(x, *residual)
+    with steps.timed("launch"), steps.watching_the_compiler(), unrecorded():
+        y = layer._forward(x, residual)
         if y.is_cuda:
             torch.cuda.synchronize(y.device)
         return y
@@ -121,7 +127,7 @@ def _residual(problem: Problem, x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _layer_and_input(job: Job, device: str) -> tuple[SparseLayer, torch.Tensor]:
-    """Made once for jobs in a row that differ in the config only; weights and inputs are zeros."""
+    """Made once for jobs in a row that differ in the config only; weights are ones, but for the job's zeros."""
     problem, dtype = job.problem, getattr(torch, job.problem.dtype)
     layout = _layout(job, device)
     options: dict[str, Any] = {"bias": job.bias, "activation": job.activation, "layout": layout}
@@ -130,13 +136,20 @@ def _layer_and_input(job: Job, device: str) -> tuple[SparseLayer, torch.Tensor]:
         linear = BlockSparseLinear(
             problem.in_features, problem.out_features, problem.block, layout.n_blocks, problem.weight_dtype, **options
         )
-        return linear, torch.zeros(problem.tokens, problem.in_features, dtype=dtype, device=device)
+        return _with_ones(linear, job), torch.zeros(problem.tokens, problem.in_features, dtype=dtype, device=device)
     layer = BlockSparseConv2d(
         problem.c_in, problem.c_out, problem.kernel_size, problem.block, layout.n_blocks, problem.stride,
         problem.padding, problem.dilation, max_pool=job.max_pool, **options,
     )  # fmt: skip
     x = torch.empty(problem.batch, problem.c_in, problem.height, problem.width, dtype=dtype, device=device)
-    return layer, x.contiguous(memory_format=torch.channels_last).zero_()
+    return _with_ones(layer, job), x.contiguous(memory_format=torch.channels_last).zero_()
+
+
+def _with_ones(layer: SparseLayer, job: Job) -> SparseLayer:
+    layer.values.fill_(1)
+    if job.zeros:
+        layer.values[list(job.zeros)] = 0
+    return layer
 
 
 def _layout(job: Job, device: str) -> BlockLayout:

@@ -27,7 +27,7 @@ from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.autotune.timer import Timing
-from tetris.kernels.configs import DeviceInfo
+from tetris.kernels.configs import DeviceInfo, LinearProblem
 from tetris.tuned_choices import Entry, problem_key
 
 LONG = ("hopper", "hopper_linear", "narrow")
@@ -65,9 +65,11 @@ class Wanted:
     def jobs(self, configs: Sequence[Config]) -> list[Job]:
         """What compiles and tries the layer's kernels in another process."""
         layer = self.layer
+        holds = torch.ones(0) if isinstance(self.problem, LinearProblem) else (layer.blocks != 0).flatten(1).any(1)
         base = Job(
             self.problem, "", layer.activation, pools(layer), layer.bias is not None,
             indptr=tuple(layer.indptr.tolist()), indices=tuple(layer.indices.tolist()),
+            zeros=tuple((~holds.bool()).nonzero().flatten().tolist()),
         )  # fmt: skip
         return [replace(base, config=config.to_key()) for config in configs]
 

@@ -8,7 +8,8 @@ through :func:`launch` and every torch operation, and refuses whatever is neithe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ ALLOCATIONS = (
 )
 """Operations whose result holds nothing yet."""
 
-_WATCHING: ContextVar[Recorder | None] = ContextVar("tetris_recorder", default=None)
+_WATCHING: ContextVar[Recorder | Unwatching | None] = ContextVar("tetris_recorder", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -42,6 +43,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 def watched() -> bool:
     """Whether a recorder is watching this thread of execution."""
     return _WATCHING.get() is not None
+
+
+class Unwatching:
+    """A recorder that takes nothing down."""
+
+    def take_down(self, *launch: Any) -> None: ...
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within it, operations call their kernels themselves, as under a recorder, but nobody takes them down."""
+    token = _WATCHING.set(Unwatching())
+    try:
+        yield
+    finally:
+        _WATCHING.reset(token)
 
 
 class Address:
@@ -153,7 +170,7 @@ class Recorder(TorchDispatchMode):
         self._inputs, self._kept = list(inputs), list(constants)
         self._made: list[Tensor] = []
         self._launches: list[tuple[Any, tuple[int, ...], list[Any]]] = []
-        self._token: Token[Recorder | None] | None = None
+        self._token: Token[Recorder | Unwatching | None] | None = None
         storages = [_storage(tensor) for tensor in self._inputs]
         if len(set(storages)) < len(storages) or set(storages) & {_storage(tensor) for tensor in self._kept}:
             self.refused = "its inputs share memory"

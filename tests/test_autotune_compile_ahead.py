@@ -6,10 +6,14 @@ import json
 import time
 from dataclasses import replace
 
+import torch
+
 from tetris.autotune.compile_ahead import LATE, CompilePool, Worker, start_workers
-from tetris.autotune.compile_job import PARTS, Job, distinct_kernels, even_layout, run_once
+from tetris.autotune.compile_job import PARTS, Job, _layer_and_input, distinct_kernels, even_layout, run_once
+from tetris.autotune.problems import LayerInput
 from tetris.autotune.team import Team
-from tetris.kernels.configs import Conv2dProblem, DeviceInfo, LinearProblem
+from tetris.autotune.tune_problems import Wanted
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, LinearProblem
 
 CONV = Conv2dProblem(2, 32, 64, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), (32, 16), "float32", 3)
 LINEAR = LinearProblem(4, 64, 48, (16, 32), "float32", 4)
@@ -36,6 +40,16 @@ def test_a_job_may_have_a_layout_of_its_own() -> None:
     job = Job(LINEAR, indptr=(0, 2, 3, 4), indices=(0, 1, 0, 1))
     assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
     assert run_once(job, "cpu").shape == (4, 48)
+
+
+def test_a_job_s_weights_are_ones_but_for_its_blocks_of_zeros() -> None:
+    """Some kernels leave out block rows that add nothing: a worker must compile what the layer runs."""
+    layer, x = _layer_and_input(Job(LINEAR, zeros=(1, 3)), "cpu")
+    assert (layer.blocks == 0).flatten(1).all(1).tolist() == [False, True, False, True] and not x.any()
+    assert (_layer_and_input(Job(CONV), "cpu")[0].blocks == 1).all()
+    conv, x = _layer_and_input(Job(CONV, zeros=(1,)), "cpu")
+    (job,) = Wanted("conv", conv, LayerInput((2, 32, 8, 8), torch.float32, x.device, True)).jobs([Conv2dConfig()])
+    assert job.zeros == (1,) and Job.from_json(json.loads(json.dumps(job.to_json()))) == job
 
 
 def test_layouts_are_even() -> None:
