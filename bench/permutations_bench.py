@@ -20,7 +20,12 @@ import torch
 from torch import nn
 
 import tetris
-from tetris.autotune.device import device_name, versions
+from tetris.autotune.compile_ahead import start_workers
+from tetris.autotune.compile_job import distinct_kernels
+from tetris.autotune.device import device_info, device_name, versions
+from tetris.autotune.measure import Epilogue
+from tetris.autotune.planner import fused_epilogues
+from tetris.autotune.problems import capture_inputs, problem_at
 from tetris.autotune.timer import graphed, time_us
 from tetris.bench.cases import VGG16_KEPT, scaled_weight
 from tetris.bench.kernel_profile import profile_kernels
@@ -28,7 +33,7 @@ from tetris.bench.rows import Row, write_csv
 from tetris.bench.trained import trained_networks
 from tetris.groups_picture import groups_picture
 from tetris.models import MLP, VGG16, LanguageModel, TransformerBlock, resnet18, resnet50
-from tetris.specs import prunable_layers
+from tetris.specs import prunable_layers, resolve_blocks, resolve_sparsity
 
 SHARED, SEPARATE, ORIGINAL = "shared", "separate", "original"
 VGG16_BLOCKS = {"features.*": (64, 32), "classifier.*": (64, 64)}
@@ -75,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--model", nargs="+", choices=list(CASES), help="default: all")
     parser.add_argument("--method", default="paper", help="reordering; see tetris.reorder")
+    parser.add_argument("--compile-seconds", type=float, default=60, help="on a GPU, for kernels compiled side by side")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache and measure nothing")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -86,7 +93,6 @@ def run(args: argparse.Namespace) -> list[Row]:
     for name in names:
         model = trained["lenet" if "LeNet" in name else "vgg"] if CASES[name].trained else None
         rows += measure(name, CASES[name], model, args)
-        print(*(f"{r.case} {r.provider}: {r.extra}" for r in rows[-3:]), sep="\n", flush=True)
         write_csv(args.out / "permutations.csv", rows)
     return rows
 
@@ -106,6 +112,10 @@ def measure(name: str, case: Case, trained: nn.Module | None, args: argparse.Nam
     model = model.to(args.device, dtype).eval()
     x = case.inputs(args.device, dtype)
     rows, kept = [], {}
+    if args.device == "cuda" and args.compile_seconds:
+        print(*compile_ahead(case, model, x, args.compile_seconds), sep="\n", flush=True)
+        if args.compile_only:
+            return []
     for kind in (ORIGINAL, SHARED, SEPARATE):
         options = {"method": "none"} if kind == ORIGINAL else {"method": args.method, "permutations": kind}
         start = time.perf_counter()
@@ -116,10 +126,23 @@ def measure(name: str, case: Case, trained: nn.Module | None, args: argparse.Nam
         extra = {"retained": kept[kind], "layers": len(found), "search_seconds": seconds}
         extra |= run_time(pruned, x) if args.device == "cuda" else {}
         rows.append(Row("permutations", name, kind, device=device_name(args.device), versions=versions(), extra=extra))
+        print(f"{name} {kind}: {extra}", flush=True)
         del pruned
     for row in rows:
         row.extra["gain_kept"] = share_of_gain(row.extra["retained"], kept)
     return rows
+
+
+def compile_ahead(case: Case, model: nn.Module, x: torch.Tensor, seconds: float) -> list[str]:
+    """Compile the converted network's kernels in processes side by side; what did not compile."""
+    layers = prunable_layers(model)
+    rates, blocks = resolve_sparsity(case.sparsity, layers), resolve_blocks(case.block, layers)
+    inputs, epilogues = capture_inputs(model, x, layers), fused_epilogues(model, x, list(rates))
+    jobs = [
+        epilogues.get(name, Epilogue()).job(problem_at(layers[name], inputs[name], blocks[name], rate))
+        for name, rate in rates.items()
+    ]
+    return start_workers(distinct_kernels(jobs, device_info(x.device)), str(x.device.type)).wait(seconds)
 
 
 def share_of_gain(retained: float, kept: dict[str, float]) -> float:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.fake_gpu import clock
+from tests.support.fake_gpu import H200, clock
+from tetris.autotune.compile_job import Job
 from tetris.bench import permutations_bench
 from tetris.bench.__main__ import main
 from tetris.bench.kernel_profile import KernelProfile
@@ -56,3 +57,18 @@ def test_on_a_gpu_permutations_share_of_the_time_is_measured(monkeypatch: pytest
     fast = nn.Linear(4, 4)
     monkeypatch.setattr(permutations_bench, "tetris", SimpleNamespace(convert=lambda pruned, x: fast))
     assert run_time(fast, torch.randn(2, 4)) == {"network_us": 80.0, "permutation_share": 0.2}
+
+
+def test_on_a_gpu_the_kernels_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Job] = []
+
+    def start(jobs: list[Job], device: str) -> SimpleNamespace:
+        asked.extend(jobs)
+        return SimpleNamespace(wait=lambda seconds: [f"{device}, {seconds} s"])
+
+    monkeypatch.setattr(permutations_bench, "start_workers", start)
+    monkeypatch.setattr(permutations_bench, "device_info", lambda device: H200)
+    case = Case(lambda: MLP(64, 96, 64), (4, 64), 0.75, {"fc1": (32, 16), "fc2": (64, 64)})
+    assert permutations_bench.compile_ahead(case, case.make().eval(), torch.randn(4, 64), 5.0) == ["cpu, 5.0 s"]
+    found = [(job.problem.block, job.problem.n_blocks, job.activation, job.bias) for job in asked]
+    assert found == [((32, 16), 3, "relu", True), ((32, 64), 2, "none", True)]
