@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +23,15 @@ from tetris.bench.cases import (
     random_layout,
     scaled_weight,
 )
+from tetris.files import write_text
 from tetris.kernels.configs import Conv2dProblem, LinearProblem
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
 from tetris.pruning import fit_block
 from tetris.reordering import reorder
 
+FOLDER = "TETRIS_BENCH_LAYOUTS"
+"""Environment variable: a folder that keeps the suites' layouts, which take longer to make than to search."""
 CONV_BLOCK, LINEAR_BLOCK = (64, 32), (64, 64)
 POOLED = {"conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3"}
 
@@ -94,14 +100,28 @@ def _channels(case: ConvCase | LinearCase) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def _layout(shape: tuple[int, int], block: tuple[int, int], kept: float, device: str, layout_kind: str) -> BlockLayout:
-    """A layout on the device, where the reordering is made as well: sorting channels as those of the network bench."""
-    if layout_kind == "random":
-        layout = random_layout(shape, block, kept)
+    """A layout on the device; it is looked up in the folder of layouts, if there is one, and left there."""
+    name = f"{layout_kind}-{shape[0]}x{shape[1]}-{block[0]}x{block[1]}-{kept:g}.json"
+    path = Path(os.environ[FOLDER]) / name if FOLDER in os.environ else None
+    if path is not None and path.exists():
+        lists = json.loads(path.read_text())
     else:
-        weight = scaled_weight(shape, 0.5, device=device)
-        layout = reorder(weight, block=block, sparsity=1 - kept, method="sort").layout
-    layout = layout.without_empty_rows()
-    return BlockLayout(shape, block, layout.indptr.to(device), layout.indices.to(device))
+        made = _made_layout(shape, block, kept, device, layout_kind)
+        lists = [made.indptr.tolist(), made.indices.tolist()]
+        if path is not None:
+            write_text(path, json.dumps(lists))
+    indptr, indices = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in lists)
+    return BlockLayout(shape, block, indptr, indices)
+
+
+def _made_layout(
+    shape: tuple[int, int], block: tuple[int, int], kept: float, device: str, layout_kind: str
+) -> BlockLayout:
+    """Reordered on the device by sorting channels, as those of the network bench, or random."""
+    if layout_kind == "random":
+        return random_layout(shape, block, kept).without_empty_rows()
+    weight = scaled_weight(shape, 0.5, device=device)
+    return reorder(weight, block=block, sparsity=1 - kept, method="sort").layout.without_empty_rows()
 
 
 def _vgg16(batch: int) -> list[TuningCase]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tetris.autotune.candidates import candidates
 from tetris.autotune.compile_ahead import Compiled
 from tetris.autotune.problems import pools
 from tetris.autotune.store import TuningStore
-from tetris.bench import tuning_bench, tuning_suite
+from tetris.bench import tuning_bench, tuning_cases, tuning_suite
 from tetris.bench.rows import Row, read_csv, write_csv
 from tetris.bench.tuning_cases import FULL, SUITES
 from tetris.layers import BlockSparseLinear
@@ -149,6 +150,18 @@ def test_the_log_tells_what_every_compilation_took(args: Namespace, tmp_path: Pa
 def test_the_cpu_has_nothing_to_tune(tmp_path: Path) -> None:
     (row,) = tuning_bench.run(Namespace(device="cpu", out=tmp_path, suite=None, quick=True))
     assert row.status.startswith("skipped")
+
+
+def test_layouts_are_kept_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TETRIS_BENCH_LAYOUTS", str(tmp_path / "layouts"))
+    case = replace(CASES["vgg16 b8 fc8"], layer=replace(CASES["vgg16 b8 fc8"].layer, kept=0.31))
+    first = case.wanted("cpu", torch.float32).layer
+    (file,) = (tmp_path / "layouts").iterdir()
+    tuning_cases._layout.cache_clear()
+    monkeypatch.setattr(tuning_cases, "_made_layout", lambda *arguments: pytest.fail("it was there"))
+    again = case.wanted("cpu", torch.float32).layer
+    assert torch.equal(first.indptr, again.indptr) and torch.equal(first.indices, again.indices)
+    assert "reordered-1000x4096-64x64-0.31" in file.name and again.indptr.dtype == torch.int32
 
 
 def test_suites_are_the_targets() -> None:
