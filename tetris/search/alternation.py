@@ -63,17 +63,32 @@ class Alternation:
             self._kept = torch.zeros(len(self._parts), dtype=torch.float64, device=device)
             self._replayed = Replayed(_iteration(self._parts, m_step, self._swaps, self._kept))
 
-    def run(self, progress: Progress | None = None) -> int:
-        """Returns the number of swaps of all M-steps."""
+    def prepare(self) -> None:
+        """Capture an iteration while the GPU is busy with something else."""
+        if self._replayed is not None:
+            self._replayed.prepare()
+            self._forget()  # what a captured step makes is not there until it is replayed
+
+    def run(self, progress: Progress | None = None, tolerance: float = 0.0) -> int:
+        """Returns the number of swaps of all M-steps.
+
+        ``tolerance``: the relative rise of what is kept that is not worth another iteration.
+        """
         fixed = sum(part.system.expectation()[1] for part in self._fixed) if progress is not None else 0.0
 
         def report(step: int, kept: Sequence[float]) -> None:
             if progress is not None:
                 progress(step, self._system.retained(fixed + sum(kept)))
 
-        return self._run(report) if self._replayed is None else self._replay(self._replayed, report)
+        enough = 1 + tolerance
+        return self._run(report, enough) if self._replayed is None else self._replay(self._replayed, report, enough)
 
-    def _run(self, report: Callable[[int, Sequence[float]], None]) -> int:
+    def _forget(self) -> None:
+        for part in self._parts:
+            part.system.forget()
+        self._system.forget()
+
+    def _run(self, report: Callable[[int, Sequence[float]], None], enough: float) -> int:
         swaps: int | torch.Tensor = 0
         kept, best, step = [0.0] * len(self._parts), [-1.0] * len(self._parts), 0
         rising = list(range(len(self._parts)))
@@ -82,7 +97,7 @@ class Alternation:
             for i in rising:
                 masks[i], kept[i] = self._parts[i].system.expectation()
             report(step, kept)
-            rising = [i for i in rising if kept[i] > best[i]]
+            rising = [i for i in rising if kept[i] > best[i] * enough]
             if not rising or self._budget.spent:
                 return int(swaps)
             step += 1
@@ -93,20 +108,23 @@ class Alternation:
                     if self._budget.spent:
                         return int(swaps)
 
-    def _replay(self, iteration: Replayed, report: Callable[[int, Sequence[float]], None]) -> int:
-        """The same on a GPU. The last iteration changes nothing: its E-steps are those of the one before."""
+    def _replay(self, iteration: Replayed, report: Callable[[int, Sequence[float]], None], enough: float) -> int:
+        """The same on a GPU. A part that has ended is set back to where it was: replays go on for the others."""
         self._swaps.zero_()
-        best, step = [-1.0] * len(self._parts), 0
-        while True:
+        best, rising, step, ends = [-1.0] * len(self._parts), list(range(len(self._parts))), 0, []
+        while rising:
             iteration()
             kept = self._kept.tolist()  # before this iteration's M-steps
             report(step, kept)
-            if all(now <= before for now, before in zip(kept, best)):
-                for part in self._parts:
-                    part.system.forget()
-                self._system.forget()
-                return int(self._swaps.sum())
-            best, step = [max(pair) for pair in zip(kept, best)], step + 1
+            for i in rising:
+                if kept[i] <= best[i] * enough:
+                    ends.append((self._parts[i].system, self._parts[i].system.snapshot(), self._swaps[i].clone()))
+            rising = [i for i in rising if kept[i] > best[i] * enough]
+            best, step = kept, step + 1
+        for system, orders, _ in ends:
+            system.restore(orders)
+        self._forget()
+        return int(torch.stack([swaps for *_, swaps in ends]).sum())
 
 
 def _iteration(parts: list[Part], m_step: MStep, swaps: torch.Tensor, kept: torch.Tensor) -> Callable[[], None]:

@@ -22,7 +22,8 @@ class Lanes:
         lanes = min(most, len(costs)) if device.type == "cuda" else 1
         self._streams = [torch.cuda.Stream(device) for _ in range(lanes - 1)]
         self._lane_of, loads = [0] * len(costs), [0.0] * lanes
-        for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        self._by_cost = sorted(range(len(costs)), key=lambda i: -costs[i])
+        for task in self._by_cost:
             lane = loads.index(min(loads))
             self._lane_of[task] = lane
             loads[lane] += costs[task]
@@ -36,8 +37,9 @@ class Lanes:
         here = torch.cuda.current_stream(self._streams[0].device)
         for stream in self._streams:
             stream.wait_stream(here)
-        for task, lane in zip(tasks, self._lane_of):
+        for i in self._by_cost:  # the longest begins first
+            lane = self._lane_of[i]
             with torch.cuda.stream(self._streams[lane - 1] if lane else here):
-                task()
+                tasks[i]()
         for stream in self._streams:
             here.wait_stream(stream)

@@ -43,6 +43,8 @@ class Outcome:
 
 
 _LARGE = 256
+_NOT_WORTH_A_STEP = 1e-5
+"""Relative rise of what is kept at which the alternation after annealing ends: what is left would take longest."""
 
 Method = Callable[[System, Sequence[Key], Options], Outcome]
 
@@ -100,8 +102,9 @@ def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     The last M-steps are exact, unless a dimension has more than 256 groups: there they would take longer than the
     annealing and add less than a thousandth.
     """
-    budget, progress = options.budget, options.progress
+    budget, progress, parts = options.budget, options.progress, system.parts(keys)
     hard = Alternation(system, keys, greedy, budget)
+    last = Alternation(system, [key for part in parts if _is_small(part) for key in part.keys], solve_exactly, budget)
     if options.warm:
         swaps = hard.run()
         to_beat = _found(system, keys)
@@ -110,12 +113,12 @@ def annealed(system: System, keys: Sequence[Key], options: Options) -> Outcome:
         beside = system.twin()
         with annealing(beside, keys, Schedule(options.steps, options.seed), budget, progress):
             swaps = hard.run()
+            last.prepare()
         to_beat = _found(system, keys)
         system.restore(beside.snapshot())
-    swaps += hard.run()
+    swaps += hard.run(tolerance=_NOT_WORTH_A_STEP)
+    swaps += last.run(tolerance=_NOT_WORTH_A_STEP)
     parts = system.parts(keys)
-    small = [key for part in parts if _is_small(part) for key in part.keys]
-    swaps += Alternation(system, small, solve_exactly, budget).run()
     kept = _kept(parts)
     for part, (orders, before), now in zip(parts, to_beat, kept):
         if now < before:
