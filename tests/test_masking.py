@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import tetris
+from tests.support.fake_gpu import on_gpu
+from tetris import masking
 from tetris.errors import TetrisError
 from tetris.models import MLP, LeNet
 from tetris.plans import LayerPlan, ModelPlan
@@ -127,6 +129,30 @@ def test_progress_counts_layers():
     seen = []
     tetris.prune(lenet(), 0.7, method="sort", permutations="separate", progress=lambda *a: seen.append(a))
     assert [s[0] for s in seen] == ["conv2", "fc1", "fc1"] and seen[-1][1:] == (2, 2)
+
+
+@pytest.mark.parametrize("method", ["sort", "paper", "annealed"])
+def test_layers_searched_side_by_side_are_those_searched_alone(method, monkeypatch: pytest.MonkeyPatch):
+    options = {"sparsity": 0.7, "block": (16, 8), "method": method, "permutations": "separate", "steps": 4}
+    alone, seen = tetris.reorderings(tetris.prune(lenet(), **options)), []
+    monkeypatch.setattr(masking, "_batches", lambda requests: [requests])
+    together = tetris.reorderings(tetris.prune(lenet(), progress=lambda *a: seen.append(a), **options))
+    assert list(together) == list(alone) and seen == [("conv2", 0, 2), ("fc1", 2, 2)]
+    for name, r in together.items():
+        assert torch.equal(r.keep_mask, alone[name].keep_mask) and torch.equal(r.block_mask, alone[name].block_mask)
+        assert all(torch.equal(p, alone[name].permutations[dim]) for dim, p in r.permutations.items())
+
+
+def test_layers_are_searched_together_on_one_gpu_only_and_within_bounds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masking, "AT_ONCE", 100)
+
+    def request(name: str, weight: torch.Tensor) -> masking._Request:
+        return masking._Request(name, weight, "l1", (4, 4), 0.5)
+
+    def batches(weight: torch.Tensor) -> list[str]:
+        return ["".join(r.name for r in batch) for batch in masking._batches([request(n, weight) for n in "abc"])]
+
+    assert batches(torch.ones(6, 8)) == ["a", "b", "c"] and batches(on_gpu(torch.ones(6, 8))) == ["ab", "c"]
 
 
 @pytest.mark.parametrize(

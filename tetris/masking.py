@@ -27,6 +27,8 @@ from tetris.reordering import Reordering, reorder
 from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
 
 PERMUTATIONS = ("auto", "shared", "separate")
+AT_ONCE = 2**28
+"""Weights whose layers are searched together on a GPU; it bounds the memory for their importances."""
 LayerProgress = Callable[[str, int, int], None]
 
 
@@ -171,12 +173,12 @@ def prune(
         skip: glob patterns of layers to leave dense.
         steps: annealing steps, 60 quick, 500 thorough.
         seed: results are equal for equal seeds.
-        progress: called as ``progress(layer name, layers done, layers in all)``.
+        progress: called as ``progress(layer name, layers done, layers in all)``, the first name of several at once.
     Returns:
         a copy with masks as parametrizations; ``print`` a layer to see its mask.
     Raises:
         TetrisError, UnsupportedError: bad input, naming what was wanted.
-    Cost: one search a layer, see :func:`tetris.reorder`.
+    Cost: one search a layer, see :func:`tetris.reorder`; on a GPU layers are searched side by side.
     """
     if permutations not in PERMUTATIONS:
         raise TetrisError(f"prune: wanted permutations of {', '.join(PERMUTATIONS)}; got {describe(permutations)}")
@@ -254,14 +256,50 @@ def _sharing_graph(
 def _separate(
     requests: list[_Request], structure: Any, options: dict[str, Any], progress: LayerProgress | None
 ) -> dict[str, Reordering]:
-    found = {}
-    for i, r in enumerate(requests):
+    found: dict[str, Reordering] = {}
+    for batch in _batches(requests) if structure == "block" else [[r] for r in requests]:
         if progress:
-            progress(r.name, i, len(requests))
-        found[r.name] = reorder(r.weight, r.block, r.sparsity, importance=r.importance, structure=structure, **options)
+            progress(batch[0].name, len(found), len(requests))
+        if len(batch) > 1:
+            found |= _side_by_side(batch, options)
+            continue
+        for r in batch:
+            found[r.name] = reorder(
+                r.weight, r.block, r.sparsity, importance=r.importance, structure=structure, **options
+            )
     if progress and requests:
         progress(requests[-1].name, len(requests), len(requests))
     return found
+
+
+def _batches(requests: list[_Request]) -> list[list[_Request]]:
+    """Layers in order, one each; on a GPU as many as have AT_ONCE weights: small searches leave most of it idle."""
+    batches: list[list[_Request]] = []
+    for r in requests:
+        at_once = batches and r.weight.is_cuda and batches[-1][-1].weight.device == r.weight.device
+        if at_once and sum(other.weight.numel() for other in batches[-1]) + r.weight.numel() <= AT_ONCE:
+            batches[-1].append(r)
+        else:
+            batches.append([r])
+    return batches
+
+
+def _side_by_side(requests: list[_Request], options: dict[str, Any]) -> dict[str, Reordering]:
+    """What :func:`tetris.reorder` finds for every layer, in one search of all of them."""
+    problems = [
+        JointProblem(
+            channel_importance(importance_of(r.weight, r.importance)),
+            r.block,
+            r.sparsity,
+            ((r.name, "output"), (r.name, "input")),
+        )
+        for r in requests
+    ]
+    joint = reorder_jointly(problems, **options)
+    return {
+        r.name: _from_joint(r, problem, joint, i, options["method"])
+        for i, (r, problem) in enumerate(zip(requests, problems))
+    }
 
 
 def _shared(
