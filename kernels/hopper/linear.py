@@ -8,7 +8,9 @@ import torch
 
 from tetris.errors import UnsupportedError, describe
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.device import device_info
 from tetris.kernels.hopper.linear_schedule import STAGE_K, STRIP, LinearSchedule, make_linear_schedule
+from tetris.kernels.recording import launch
 
 TILE_TOKENS = (128, 256)
 """Tokens of a task: the columns of one wgmma, which are the most it takes, or half of them."""
@@ -105,7 +107,7 @@ def block_sparse_linear(
     if tokens == 0:
         return output
     if schedule is None:
-        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        programs = device_info(x.device).sm_count
         schedule = make_linear_schedule(
             indptr, indices, block=(block_out, block_in), tokens=tokens,
             tile_tokens=config.tile_tokens, n_programs=programs,
@@ -122,7 +124,9 @@ def block_sparse_linear(
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
     y_desc = descriptor(y, [STRIP, rows])
-    block_sparse_linear_kernel[(tasks.shape[1],)](
+    launch(
+        block_sparse_linear_kernel,
+        (tasks.shape[1],),
         descriptor(x2, [config.tile_tokens, tile_k if gather else STAGE_K]),
         descriptor(values.view(-1, block_in), [rows, tile_k]),
         y_desc,
