@@ -75,7 +75,7 @@ def measure_together(layers: Layers, provider: str, method: str, steps: int, dev
     """All layers in one call, each with permutations of its own; the time from weights to permutations and layouts."""
     case = f"VGG16 together {kind}"
 
-    def search() -> tuple[float, float, int]:
+    def search(steps: int) -> tuple[float, float, int]:
         """(seconds, kept / total importance of all layers, swaps)."""
         began = time.perf_counter()
         problems = [
@@ -88,9 +88,9 @@ def measure_together(layers: Layers, provider: str, method: str, steps: int, dev
         return seconds, sum(part * total for part, total in zip(r.retained, totals)) / sum(totals), r.n_swaps
 
     try:
-        search()  # loads or compiles
+        search(min(steps, 2))  # loads or compiles
         before = _reset_peak(device)
-        seconds, retained, swaps = search()
+        seconds, retained, swaps = search(steps)
     except (RuntimeError, TetrisError) as error:
         return Row("reorder", case, provider, status=f"{FAILED}: {error}", device=device_name(device))
     scores = 4 * sum(weight.shape[0] * weight.shape[1] for _, weight, _ in layers)
