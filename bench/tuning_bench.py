@@ -16,7 +16,7 @@ from tetris.bench.report import table
 from tetris.bench.rows import SKIPPED, Row, read_csv
 from tetris.bench.tuning_cases import FULL, QUICK, SUITES, TuningCase
 from tetris.bench.tuning_rows import ROWS, Book, known_failures
-from tetris.bench.tuning_suite import SuiteSearch, compile_suites
+from tetris.bench.tuning_suite import SuiteSearch, check, compile_suites
 
 WITHOUT_CONFIGURATIONS = ("cpu",)
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile-seconds", type=float, default=math.inf, help="leave out what is not compiled by then"
     )
     parser.add_argument("--cold", nargs="+", default=[], help="suites that are compiled, too, into an empty cache")
-    parser.add_argument("--check", action="store_true", help="time the leaders in a random layout, too")
+    parser.add_argument("--check", action="store_true", help="time the choices in a random layout, too")
     parser.add_argument("--layers", help="only layers whose name contains this")
     parser.add_argument("--keep", action="store_true", help="keep what the folder's CSV says of other suites")
     parser.add_argument("--log", action="store_true", help="write tuning_jobs.csv: what every compilation took")
@@ -53,8 +53,11 @@ def run(args: argparse.Namespace) -> list[Row]:
         compile_suites([(case, budget) for _, cases, budget in searches for case in cases], args, book)
         return book.rows
     known = known_failures(args.out) if args.stage == "measure" else {}
-    for suite, cases, budget in searches:
-        SuiteSearch(suite, cases, budget, args, book, known).run()
+    found = [SuiteSearch(suite, cases, budget, args, book, known) for suite, cases, budget in searches]
+    for search in found:
+        search.run()
+    if args.check:
+        check(found, args)
     return book.rows
 
 

@@ -63,7 +63,7 @@ class Book:
 
 @dataclass(frozen=True)
 class Checked:
-    """The leaders of a search in another layout, and what runs there where nobody tuned."""
+    """A search's choice in another layout, and what runs there where nobody tuned."""
 
     defaults: list[Config]
     times: dict[Config, Timing]
@@ -74,8 +74,8 @@ def layer_rows(
 ) -> list[Row]:
     """Three rows: what runs with nothing tuned and no table ("analytic"), with the package's ("default"), the choice.
 
-    ``fraction``: the choice's time / this one. ``random_us``, ``random_fraction``: in a random layout, where the best
-    of the search's leaders counts as 1. ``ruled_out``: valid configurations that the cost model left out;
+    ``fraction``: the choice's time / this one. ``random_us``, ``random_fraction``: in a random layout, where the
+    fastest of the three counts as 1. ``ruled_out``: valid configurations that the cost model left out;
     ``late``: of the failures those that were not compiled in time; ``compiled``: kernels that no worker had compiled.
     """
     entry, extra = outcome.entry, {"suite": case.suite, "count": case.layer.count, "failed": len(outcome.failures)}

@@ -1,4 +1,4 @@
-"""The search of one suite of the tuning bench: compile, measure, check in another layout. Rows are written at once."""
+"""The search of one suite of the tuning bench, and the check of choices in another layout; rows are written at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SuiteSearch:
     outcomes: list[Outcome] = field(init=False, default_factory=list)
 
     def run(self) -> None:
-        """Search all layers, then check them, then sum up."""
+        """Search all layers, then sum up."""
         made_at, cold = time.monotonic(), self.suite in self.args.cold
         wanted = wanted_of([(case, self.budget) for case in self.cases], self.args.device)
         layers_seconds = time.monotonic() - made_at
@@ -50,10 +50,13 @@ class SuiteSearch:
             extra = self.search(wanted, cold or self.args.stage == "both")
         extra |= {"layers_seconds": layers_seconds, "cache": "empty" if cold else "filled"}
         self.book.add([Row("tuning", self.suite, "search", extra=extra)])
-        if self.args.check:
-            self.check()
-        for name in dict.fromkeys(case.suite for case in self.cases):
-            self.book.add(suite_rows(name, [case for case in self.cases if case.suite == name], self.book.rows))
+        self.book.add(self.sums())
+
+    def sums(self) -> list[Row]:
+        """The rows of the networks."""
+        names = dict.fromkeys(case.suite for case in self.cases)
+        parts = {name: [case for case in self.cases if case.suite == name] for name in names}
+        return [row for name, cases in parts.items() for row in suite_rows(name, cases, self.book.rows)]
 
     def search(self, wanted: list[Wanted], compiles: bool) -> dict[str, object]:
         """Compile, where asked to, and measure; returns what that took."""
@@ -94,21 +97,32 @@ class SuiteSearch:
         self.outcomes.append(outcome)
         self.book.add(self.rows(outcome, None), failure_rows(self.case(outcome), outcome))
 
-    def check(self) -> None:
-        """Time every layer's leaders in a random layout, too; its rows are written again."""
-        for outcome in self.outcomes:
-            other = self.case(outcome).wanted(self.args.device, DTYPE, LAYOUTS[1])
-            defaults = other.defaults(self.found.device)
-            contestants = list(dict.fromkeys([*defaults, *outcome.times]))
-            times = LayerBench(other.layer, other.x).final(contestants, REPEATS)
-            self.book.replace(self.rows(outcome, Checked(defaults, times)))
-
     def rows(self, outcome: Outcome, checked: Checked | None) -> list[Row]:
         key = outcome.wanted.key
         return layer_rows(self.case(outcome), outcome, self.found.defaults[key], checked, self.found.ruled_out[key])
 
     def case(self, outcome: Outcome) -> TuningCase:
         return next(case for case in self.cases if case.name == outcome.wanted.name)
+
+
+def check(suites: list[SuiteSearch], args: argparse.Namespace) -> None:
+    """Time all choices in random layouts, too, beside what runs there where nobody tuned; rows are written again."""
+    outcomes = {outcome.wanted.name: (suite, outcome) for suite in suites for outcome in suite.outcomes}
+    cases: list[tuple[TuningCase, int | None]]
+    cases = [(suite.case(outcome), 1) for suite, outcome in outcomes.values() if outcome.entry]
+    search = Search(wanted_of(cases, args.device, LAYOUTS[1]), device_info(args.device))
+    for item in search.wanted:
+        entry = outcomes[item.name][1].entry
+        assert entry is not None
+        search.tried[item.key] = list(dict.fromkeys([*search.defaults[item.key], entry.config]))
+    search.compile(args.workers, args.compile_seconds)
+    for item in search.wanted:
+        suite, outcome = outcomes[item.name]
+        bench = LayerBench(item.layer, item.x, search.outcome(item).failures)
+        checked = Checked(search.defaults[item.key], bench.final(search.tried[item.key], REPEATS))
+        suite.book.replace(suite.rows(outcome, checked))
+    for suite in suites:
+        suite.book.replace(suite.sums())
 
 
 def wanted_of(cases: list[tuple[TuningCase, int | None]], device: str, layout_kind: str = LAYOUTS[0]) -> list[Wanted]:
@@ -130,16 +144,14 @@ def empty_cache() -> Iterator[None]:
 
 
 def compile_suites(cases: list[tuple[TuningCase, int | None]], args: argparse.Namespace, book: Book) -> None:
-    """Leave all kernels in the compiler's cache, with ``--check`` those for random layouts, too; list what failed."""
+    """Leave all kernels in the compiler's cache, and a list of those that failed."""
     by_name = {case.name: case for case, _ in cases}
-    for kind in LAYOUTS if args.check else LAYOUTS[:1]:
-        wanted = wanted_of(cases, args.device, kind)
-        started = time.monotonic()
-        search = Search(wanted, device_info(args.device))
-        results = search.compile(args.workers, args.compile_seconds)
-        book.log(job_rows(search, started) if args.log else [])
-        failures = [row for item in wanted for row in failure_rows(by_name[item.name], search.outcome(item))]
-        book.add([], failures if kind == LAYOUTS[0] else [])
-        extra = {"compile_wall_seconds": time.monotonic() - started, "tried": len(results), "failed": len(failures)}
-        extra |= {"compile_seconds": sum(done.seconds for done in results)}
-        book.add([Row("tuning", "all", f"compile, {kind} layouts", extra=extra)])
+    wanted = wanted_of(cases, args.device)
+    started = time.monotonic()
+    search = Search(wanted, device_info(args.device))
+    results = search.compile(args.workers, args.compile_seconds)
+    book.log(job_rows(search, started) if args.log else [])
+    book.add([], [row for item in wanted for row in failure_rows(by_name[item.name], search.outcome(item))])
+    extra = {"compile_wall_seconds": time.monotonic() - started, "tried": len(results)}
+    extra |= {"compile_seconds": sum(done.seconds for done in results), "failed": len(book.failures)}
+    book.add([Row("tuning", "all", "compile", extra=extra)])
