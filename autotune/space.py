@@ -23,7 +23,7 @@ from tetris.kernels.configs import (
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.few_tokens import DECODE_TOKENS, decode_config, split_config, vector_config
 from tetris.kernels.hopper.tile_choice import ranked_configs
-from tetris.kernels.linear_paths import choose_linear_config, linear_refuses
+from tetris.kernels.linear_paths import NARROW, choose_linear_config, linear_refuses
 from tetris.layout import ceil_div
 
 Config = Conv2dConfig | LinearConfig
@@ -152,9 +152,7 @@ def _hopper_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Linea
 
 
 def _narrow_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
-    config = LinearConfig(kernel="narrow")
-    if linear_refuses(problem, device, config) is None:
-        yield config
+    yield from (config for config in NARROW if linear_refuses(problem, device, config) is None)
 
 
 def _split_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[LinearConfig]:
@@ -177,9 +175,13 @@ def _decode_linear(problem: LinearProblem, device: DeviceInfo) -> Iterator[Linea
     if problem.tokens > DECODE_TOKENS:
         return
     out, k = padded_block(problem.block)
-    base = decode_config(problem, device) if problem.tokens > 1 else vector_config(problem, device)
-    for tile_out, tile_k, warps, stages in itertools.product(
-        {16, min(32, out), out}, (64, 128, 256), (2, 4), (1, 2, 4)
-    ):
+    if problem.tokens > 1:
+        base = decode_config(problem, device)
+        choices = [*itertools.product({16, min(32, out), out}, (64, 128, 256), (2, 4), (1, 2, 4))]
+    else:  # long steps of many warps, short ones of few, and those with a pipeline
+        base = vector_config(problem, device)
+        choices = [*itertools.product((8, min(16, out)), (256, 512, 1024), (4, 8), (1,))]
+        choices += itertools.product((min(16, out), min(32, out)), (128, 256), (2, 4), (4,))
+    for tile_out, tile_k, warps, stages in choices:
         if tile_k >= k:
             yield replace(base, tile_out=tile_out, tile_k=tile_k, num_warps=warps, num_stages=stages)

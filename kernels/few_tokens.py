@@ -6,36 +6,54 @@ where TMA moves the tiles block rows are cut along the inputs ("split"), for up 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, next_power_of_two, padded_block
 from tetris.kernels.split_schedule import TURNS, SplitSchedule, make_split_schedule
+from tetris.kernels.vector_schedule import EVEN, VectorSchedule, make_vector_schedule, programs_at_once
+from tetris.layout import ceil_div
 
 DECODE_TOKENS = 16
 """Up to one matrix instruction's columns of tokens."""
-EVEN = 1.75
-"""A longest block row of less than this times the mean is not worth cutting for its own sake."""
 SPLIT_TILES, MOST_TILES = (16, 32, 64, 128), 8
 """Tiles of tokens that are tried for a layout, and the most of them that a layer is cut into while it can help."""
-FEW_PROGRAMS = 4
-"""Programs a multiprocessor up to which one token's are better pipelined than many."""
 
 
-def vector_config(problem: LinearProblem, device: DeviceInfo, longest_row: int = 0) -> LinearConfig:
-    """For one token: 16 outputs a program, four blocks of 64 a step, whole rows or parts (``vector_schedule``).
-
-    Few even rows want a pipeline, because each program's loads are all that a multiprocessor has in flight; many or
-    cut rows fill it without one (H200, with / without: 4096 -> 4096 at 27 %, random 9.1 / 10.5 us, 14336 -> 4096 14.4 /
-    19.4, 4096 -> 14336 16.2 / 14.4; reordered and cut 10.5 / 9.8, 16.1 / 14.8, 17.3 / 15.6).
-    """
+def vector_configs(problem: LinearProblem) -> tuple[LinearConfig, LinearConfig]:
+    """For one token: many warps on 8 outputs, which take long steps, and few on 16, of which many run side by side."""
     out, k = padded_block(problem.block)
-    tile_out, tile_k = min(out, 16), max(k, 256)
-    programs = problem.block_rows * (out // tile_out)
-    even = longest_row <= EVEN * problem.n_blocks / problem.block_rows
-    warps, stages = (2, 4) if even and programs <= FEW_PROGRAMS * device.sm_count else (4, 1)
-    return LinearConfig(
-        kernel="vector", tile_tokens=1, tile_out=tile_out, tile_k=tile_k, num_warps=warps, num_stages=stages
+    wide = LinearConfig(
+        kernel="vector", tile_tokens=1, tile_out=min(out, 8), tile_k=max(k, 512), num_warps=8, num_stages=1
     )
+    return wide, replace(wide, tile_out=min(out, 16), tile_k=max(k, 256), num_warps=4)
+
+
+def vector_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
+    """For one token and an even layout: long steps, as long as all programs run at the same time.
+
+    H200, long / short steps: 4096 -> 4096 at 27 %, random 8.8 / 10.4 us, 14336 -> 4096 14.4 / 19.5, 4096 -> 14336,
+    where they do not, 17.3 / 14.4.
+    """
+    wide, narrow = vector_configs(problem)
+    programs = problem.block_rows * ceil_div(problem.block[0], wide.tile_out)
+    return wide if programs <= programs_at_once(wide, device.sm_count) else narrow
+
+
+def fastest_vector(
+    problem: LinearProblem, device: DeviceInfo, indptr: torch.Tensor
+) -> tuple[LinearConfig, VectorSchedule]:
+    """The config and schedule of one token for a layout, whose long rows are cut: more programs.
+
+    H200, reordered, long / short steps: 4096 -> 1000 at 23 % 7.7 / 8.4 us, 4096 -> 4096 at 27 % 12.9 / 9.6.
+    """
+    wide, narrow = vector_configs(problem)
+    schedule = make_vector_schedule(indptr, problem.block, wide, device.sm_count)
+    one_step = schedule.longest_part * problem.block[1] <= wide.tile_k
+    if (schedule.most_parts == 1 or one_step) and len(schedule.parts) <= programs_at_once(wide, device.sm_count):
+        return wide, schedule
+    return narrow, make_vector_schedule(indptr, problem.block, narrow, device.sm_count)
 
 
 def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:

@@ -37,7 +37,7 @@ from tetris.kernels.hopper.linear_schedule import (
     make_linear_schedule,
 )
 from tetris.kernels.hopper.narrow_linear import supports as narrow_supports
-from tetris.kernels.hopper.narrow_linear_schedule import TILE_TOKENS, NarrowSchedule, make_narrow_schedule
+from tetris.kernels.hopper.narrow_linear_schedule import TILE_OUT, NarrowSchedule, make_narrow_schedule
 from tetris.kernels.split_schedule import SplitSchedule
 from tetris.kernels.split_schedule import supports as split_supports
 from tetris.kernels.vector_schedule import VectorSchedule, make_vector_schedule
@@ -54,7 +54,7 @@ reads as much and takes shorter tasks (H200, random layouts, 64 x 64: 4 % kept, 
 .88: 217 against 200, 27 %, .76: 166 against 138, and reordered 10 %, .53: 217 against 163)."""
 
 
-NARROW = LinearConfig(kernel="narrow")
+NARROW = tuple(LinearConfig(kernel="narrow", tile_out=tile_out) for tile_out in TILE_OUT)
 
 
 def refuses_weights(weight_dtype: str, device: DeviceInfo) -> str | None:
@@ -103,7 +103,7 @@ def choose_linear_config(
     split = split_config(problem, device)
     splits = not permuted and device.capability == (9, 0) and split_supports(problem, device, split) is None
     if problem.tokens <= 1:
-        return vector_config(problem, device, longest_row)
+        return vector_config(problem, device)
     if problem.tokens <= DECODE_TOKENS:
         return split if splits and cutting_pays(problem, longest_row) else decode_config(problem, device)
     tiles = ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128)
@@ -122,28 +122,34 @@ def hardly_shares(schedule: LinearSchedule) -> bool:
     return schedule.fetched_stages > HARDLY_SHARED * schedule.products
 
 
-def wide_clocks(schedule: LinearSchedule) -> float:
-    """Estimate for the tasks of one token tile of the Hopper kernel together; its schedule says what bounds it."""
+def wide_clocks(schedule: LinearSchedule, problem: LinearProblem, sm_count: int) -> float:
+    """Estimate of what the Hopper kernel takes, evenly spread; its schedule says what bounds it."""
     tokens = schedule.tile_tokens
     size = 2 * STAGE_K * (schedule.fetched_stages * tokens + schedule.products * STRIP)
-    return max(size / BYTES_PER_CLOCK, CLOCKS_PER_PRODUCT * tokens * schedule.products)
+    clocks = max(size / BYTES_PER_CLOCK, CLOCKS_PER_PRODUCT * tokens * schedule.products)
+    return clocks * ceil_div(problem.tokens, tokens) / sm_count
 
 
-def narrow_schedule(
+def narrow_choice(
     problem: LinearProblem, device: DeviceInfo, wide: LinearSchedule, indptr: torch.Tensor, indices: torch.Tensor
-) -> NarrowSchedule | None:
-    """The narrow-block kernel's schedule where it beats the Hopper kernel's on this layout, else None.
+) -> tuple[LinearConfig, NarrowSchedule] | None:
+    """The narrow-block kernel's config and schedule where it beats the Hopper kernel's on this layout, else None.
 
     It does where the latter's pairs of strips pad (32 outputs) or fetch more input tiles than they keep weight tiles:
-    small blocks, scattered (H200, random layouts, 27 % kept: 32 x 32 247 against 295 us, 128 x 16 209 against 217).
+    small blocks, scattered (H200, random layouts, 27 % kept: 32 x 32 244 against 297 us, 64 x 16 242 against 260).
     """
     kept = problem.n_blocks * problem.block[0] * problem.block[1] / (STRIP * STAGE_K)
-    if wide.fetched_stages <= kept or narrow_supports(problem, device, NARROW) is not None:
+    if wide.fetched_stages <= kept or narrow_supports(problem, device, NARROW[0]) is not None:
         return None
-    narrow = make_narrow_schedule(
-        indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=device.sm_count
-    )
-    return narrow if narrow.clocks / TILE_TOKENS < wide_clocks(wide) / wide.tile_tokens else None
+    found = []
+    for config in NARROW:
+        schedule = make_narrow_schedule(
+            indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=device.sm_count,
+            tile_out=config.tile_out,
+        )  # fmt: skip
+        found.append((config, schedule))
+    best = min(found, key=lambda choice: choice[1].clocks)
+    return best if best[1].clocks < wide_clocks(wide, problem, device.sm_count) else None
 
 
 def linear_refuses(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -> str | None:
@@ -171,7 +177,10 @@ def linear_schedule(
             n_programs=sm_count,
         )  # fmt: skip
     if config.kernel == "narrow":
-        return make_narrow_schedule(indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=sm_count)
+        return make_narrow_schedule(
+            indptr, indices, block=problem.block, tokens=problem.tokens, n_programs=sm_count,
+            tile_out=config.tile_out or TILE_OUT[0],
+        )  # fmt: skip
     if config.kernel == "split":
         return split_schedule(problem, config, indptr, indices, sm_count)
     if config.kernel == "vector":

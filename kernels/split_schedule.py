@@ -26,46 +26,70 @@ MERGE_BYTES_PER_CLOCK = 64
 """The same while few of them fetch."""
 FIXED_CLOCKS, SYNCHRONISE_CLOCKS = 2000, 1500
 """A part's first loads and epilogue; the fence, the counter and the first of the other parts' sums."""
+SHARED_BYTES = 227 << 10
+"""Of an H200's multiprocessor, for all its programs."""
 TURNS = (1, 2, 3)
 """Programs of a multiprocessor for which rows are cut; the cut that is estimated to end first is taken."""
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """What a launch takes, in clocks of an H200's multiprocessor, fitted to 57 layers with 1 to 512 tokens.
+    """What a launch takes, in clocks of an H200's multiprocessor, fitted to 39 layers of 16 to 512 tokens.
 
     Attributes:
-        launch: an empty kernel, a record and a first tile from a cold L2, the store of the output.
-        rate: bytes of tiles a clock that a multiprocessor takes in.
-        task: of every part, beside its tiles.
-        step: of a program alone for one block: barriers and instructions, whatever the size of the tiles.
+        launch: an empty kernel and the store of the output.
+        prologue: of a part: its record, the first tile from a cold L2.
+        step: of a program for one block: barriers and instructions, whatever the size of the tiles.
         arrive: fence and counter of a part of a cut row.
-        cut: where any row is cut.
-        merge_rate: bytes a clock of the other parts' sums.
+        merge_rate: bytes a clock at which the last part of a row reads the others' sums.
+        rate: bytes of tiles a clock that a multiprocessor takes in; task: of every part beside that.
+        cut: where any row is cut; mix_rate: bytes a clock and multiprocessor of all cut parts' sums.
     """
 
-    launch: float = 10984.0
-    rate: float = 39.7
-    task: float = 549.0
-    step: float = 455.0
-    arrive: float = 3805.0
-    cut: float = 2246.0
-    merge_rate: float = 33.6
+    launch: float = 5661.0
+    prologue: float = 6059.0
+    step: float = 477.0
+    arrive: float = 1798.0
+    merge_rate: float = 34.2
+    rate: float = 39.2
+    task: float = 381.0
+    cut: float = 1810.0
+    mix_rate: float = 30.0
 
     def of_launch(
-        self, counts: Sequence[int], parts: Sequence[int], copies: int, tile_bytes: int, sums_bytes: int, sm_count: int
+        self,
+        counts: Sequence[int],
+        parts: Sequence[int],
+        copies: int,
+        tile_bytes: int,
+        sums_bytes: int,
+        sm_count: int,
+        resident: int,
     ) -> float:
         """The estimate for a layout.
 
         Args:
             counts: blocks of every row; parts: into how many it is cut; copies: tiles that every row has.
             tile_bytes: of a block's weights and inputs; sums_bytes: of a part's sums.
+            sm_count: multiprocessors; resident: programs that one holds at the same time.
         """
-        sizes = [ceil_div(count, n) for count, n in zip(counts, parts) for _ in range(n * copies)]
-        busy = makespan([size * tile_bytes / self.rate + self.task for size in sizes], sm_count)
-        merges = [self.arrive + n * sums_bytes / self.merge_rate if n > 1 else 0.0 for n in parts]
-        alone = max(ceil_div(count, n) * self.step + merge for count, n, merge in zip(counts, parts, merges))
-        return self.launch + max(busy + (self.cut if max(parts) > 1 else 0.0), alone)
+        alone: list[float] = []
+        taken: list[float] = []
+        for count, n in zip(counts, parts):
+            size = ceil_div(count, n)
+            part = self.prologue + size * self.step + (self.arrive if n > 1 else 0.0)
+            merge = n * sums_bytes / self.merge_rate if n > 1 else 0.0
+            alone += [part] * ((n - 1) * copies) + [part + merge] * copies
+            taken += [size * tile_bytes / self.rate + self.task] * (n * copies)
+        sums = sum(n for n in parts if n > 1) * copies * sums_bytes
+        mixing = self.cut + sums / sm_count / self.mix_rate if sums else 0.0
+        fetching = self.prologue + makespan(taken, sm_count) + mixing
+        return self.launch + max(makespan(alone, sm_count * resident), fetching)
+
+
+def resident_programs(tile_tokens: int, tile_out: int) -> int:
+    """Programs that a multiprocessor holds at the same time, by the shared memory of ten stages: five tiles each."""
+    return max(1, SHARED_BYTES // (5 * (tile_tokens + tile_out) * 128))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +168,8 @@ def make_split_schedule(
     row_costs = [tile_bytes / BYTES_PER_CLOCK * count for count in counts]
     copies = slices * tiles
     cuts = [choose_parts(row_costs, counts, copies, turn * n_programs, costs) for turn in turns]
-    clocks = [Clocks().of_launch(counts, parts, copies, tile_bytes, sums_bytes, n_programs) for parts in cuts]
+    resident = resident_programs(tile_tokens, tile_out)
+    clocks = [Clocks().of_launch(counts, n, copies, tile_bytes, sums_bytes, n_programs, resident) for n in cuts]
     n_parts = cuts[clocks.index(min(clocks))]
     records = []
     place = 0

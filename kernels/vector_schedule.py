@@ -19,8 +19,12 @@ MOST_PARTS = 32
 """Of a row: their sums are loaded at once."""
 RESIDENT_WARPS = 32
 """Of a multiprocessor, with the registers that this kernel takes; more programs would run in a second wave."""
+EVEN = 1.75
+"""Rows are not cut where the longest keeps less than this times the mean."""
 WORTH_CUTTING = 4
-"""Steps above which a row may be cut."""
+"""Nor where it takes no more steps than this."""
+LEAST_INPUTS = 512
+"""Of a part: fewer are hardly worth the rendezvous."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +36,13 @@ class VectorSchedule:
             place of the row's first part and of this part among the parts of cut rows, two zeros. Longest first.
         counters: [parts of cut rows, at least 1], zeros: parts of a tile that are done. A launch counts them up and
             back to zero: two launches with the same schedule must not run at the same time.
+        longest_part: blocks of it. most_parts: of a row.
     """
 
     parts: torch.Tensor
     counters: torch.Tensor
+    longest_part: int
+    most_parts: int
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -58,16 +65,23 @@ def step_inputs(config: LinearConfig, block_in: int) -> int:
     return config.tile_k or next_power_of_two(block_in)
 
 
-def parts_of_rows(counts: list[int], slices: int, step_blocks: int, programs: int) -> list[int]:
+def programs_at_once(config: LinearConfig, sm_count: int) -> int:
+    """Programs that the multiprocessors hold at the same time."""
+    return sm_count * RESIDENT_WARPS // config.num_warps
+
+
+def parts_of_rows(counts: list[int], slices: int, step_blocks: int, least_blocks: int, programs: int) -> list[int]:
     """Into how many parts every row is cut.
 
-    None is, where the longest row is hardly longer than the mean. Else parts are as short as they can be with no more
-    of them than ``programs``, which run at the same time, but not shorter than two steps.
+    Args:
+        counts: blocks of every row; slices: tiles of a row, each cut alike.
+        step_blocks: that a program multiplies at once; least_blocks: of a part.
+        programs: that run at the same time: parts are as short as they can be without there being more of them.
     """
     longest, mean = max(counts), sum(counts) / len(counts)
-    if longest <= max(1.75 * mean, WORTH_CUTTING * step_blocks):
+    if longest <= max(EVEN * mean, WORTH_CUTTING * step_blocks):
         return [1] * len(counts)
-    limit = 2 * step_blocks
+    limit = least_blocks
     while True:
         parts = [min(MOST_PARTS, ceil_div(count, limit)) for count in counts]
         if sum(parts) * slices <= max(programs, len(counts) * slices) or limit >= longest:
@@ -91,7 +105,8 @@ def make_vector_schedule(
     counts = np.diff(pointers).tolist()
     slices = ceil_div(block[0], vector_tile(config, block[0]))
     step_blocks = max(1, step_inputs(config, block[1]) // block[1])
-    n_parts = parts_of_rows(counts, slices, step_blocks, sm_count * RESIDENT_WARPS // config.num_warps)
+    least_blocks = max(step_blocks, LEAST_INPUTS // block[1])
+    n_parts = parts_of_rows(counts, slices, step_blocks, least_blocks, programs_at_once(config, sm_count))
     records, place = [], 0
     for row, parts in enumerate(n_parts):
         for piece in range(slices):
@@ -103,4 +118,6 @@ def make_vector_schedule(
     return VectorSchedule(
         parts=torch.tensor(records, dtype=torch.int32, device=indptr.device),
         counters=torch.zeros(max(1, place), dtype=torch.int32, device=indptr.device),
+        longest_part=records[0][2],
+        most_parts=max(n_parts),
     )

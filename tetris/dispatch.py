@@ -20,17 +20,16 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.device import device_info
-from tetris.kernels.few_tokens import cutting_pays, fastest_split
+from tetris.kernels.few_tokens import cutting_pays, fastest_split, fastest_vector
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear_schedule import LinearSchedule
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
 from tetris.kernels.linear_paths import (
-    NARROW,
     choose_linear_config,
     hardly_shares,
     linear_refuses,
     linear_schedule,
-    narrow_schedule,
+    narrow_choice,
 )
 from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
@@ -114,12 +113,15 @@ def linear_launch(
         if config.kernel == "split":
             config, split = fastest_split(problem, device, indptr, indices)
             return Launch(config.to_key(), split.tensors)
+        if config.kernel == "vector":
+            config, rows = fastest_vector(problem, device, indptr)
+            return Launch(config.to_key(), rows.tensors)
     schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
     if schedule is None:
         return Launch(config.to_key())
     if not key and isinstance(schedule, LinearSchedule):
-        if narrow := narrow_schedule(problem, device, schedule, indptr, indices):
-            return Launch(NARROW.to_key(), narrow.tensors)
+        if narrow := narrow_choice(problem, device, schedule, indptr, indices):
+            return Launch(narrow[0].to_key(), narrow[1].tensors)
         if hardly_shares(schedule):
             return Launch(default_linear_config(problem, device).to_key())
     return Launch(config.to_key(), schedule.tensors)

@@ -9,9 +9,10 @@ import pytest
 from tests.support.fake_gpu import H200
 from tetris.bench.cases import random_layout, reordered_layout
 from tetris.kernels.configs import LinearProblem
-from tetris.kernels.few_tokens import fastest_split, split_config, split_schedule, vector_config
+from tetris.kernels.few_tokens import fastest_split, fastest_vector, split_config, split_schedule, vector_config
 from tetris.kernels.linear_paths import linear_refuses
 from tetris.kernels.split_schedule import TURNS, Clocks, make_split_schedule
+from tetris.kernels.vector_schedule import programs_at_once
 
 
 def layer(make, tokens: int, out_features: int, in_features: int, kept: float = 0.27, **changes):
@@ -54,15 +55,35 @@ def test_clocks_grow_with_the_work_and_with_the_longest_row():
     clocks = Clocks()
 
     def of(counts, parts, sm_count=132):
-        return clocks.of_launch(counts, parts, 2, 16384, 16384, sm_count)
+        return clocks.of_launch(counts, parts, 2, 16384, 16384, sm_count, 2)
 
     assert of([16] * 64, [1] * 64) < of([32] * 64, [1] * 64) < of([32] * 64, [1] * 64, sm_count=66)
     assert of([64] + [8] * 63, [1] * 64) > of([64] + [8] * 63, [4] + [1] * 63), "one long row is worth cutting"
     assert of([4] * 64, [1] * 64) < of([4] * 64, [2] * 64), "short rows are not"
 
 
-def test_one_token_is_pipelined_where_programs_are_few_and_rows_even():
+def one_token(make, out_features: int, in_features: int, kept: float = 0.27):
+    problem, layout = layer(make, 1, out_features, in_features, kept)
+    config, schedule = fastest_vector(problem, H200, layout.indptr)
+    assert linear_refuses(problem, H200, config) is None
+    assert len(schedule.parts) <= max(programs_at_once(config, H200.sm_count), out_features // config.tile_out)
+    return config, schedule.most_parts
+
+
+def test_one_token_takes_long_steps_where_all_programs_run_at_the_same_time():
+    config, parts = one_token(random_layout, 4096, 4096)
+    assert config.num_warps == 8 and parts == 1
+    config, parts = one_token(random_layout, 14336, 4096)
+    assert config.num_warps == 4 and parts == 1, "1792 programs of 8 warps would take four turns"
+    config, parts = one_token(reordered_layout, 1024, 4096)
+    assert config.num_warps == 8 and parts > 4
+    config, parts = one_token(reordered_layout, 4096, 4096)
+    assert config.num_warps == 4 and parts > 4
+    config, parts = one_token(reordered_layout, 4096, 1024)
+    assert config.num_warps == 8 and parts == 1, "rows are short"
+
+
+def test_one_token_without_a_layout():
     one = LinearProblem(1, 4096, 4096, (64, 64), "float16", 1106)
-    assert vector_config(one, H200, 26).num_stages > 1
-    assert vector_config(one, H200, 60).num_stages == 1, "rows are cut"
-    assert vector_config(replace(one, out_features=14336, n_blocks=3871), H200, 27).num_stages == 1, "many programs"
+    assert vector_config(one, H200).num_warps == 8
+    assert vector_config(replace(one, out_features=14336, n_blocks=3871), H200).num_warps == 4

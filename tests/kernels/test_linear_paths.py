@@ -15,7 +15,7 @@ from tetris.kernels.linear_paths import (
     hardly_shares,
     linear_refuses,
     linear_schedule,
-    narrow_schedule,
+    narrow_choice,
     split_config,
 )
 
@@ -57,13 +57,6 @@ def test_fewer_tokens_take_smaller_tiles_so_that_every_multiprocessor_works():
     assert tiles == [256, 128, 128]
     tiles = [choose_linear_config(replace(LARGE, tokens=tokens), H200).tile_tokens for tokens in (256, 128, 64, 20, 16)]
     assert tiles == [128, 64, 32, 32, 16]
-
-
-def test_one_token_is_pipelined_where_programs_are_few_and_rows_even():
-    one = LinearProblem(1, 4096, 4096, (64, 64), "float16", 1106)
-    assert choose_linear_config(one, H200, longest_row=26).num_stages > 1
-    assert choose_linear_config(one, H200, longest_row=60).num_stages == 1, "rows are cut"
-    assert choose_linear_config(replace(one, out_features=14336, n_blocks=3871), H200, longest_row=27).num_stages == 1
 
 
 def test_few_tokens_are_cut():
@@ -113,6 +106,6 @@ def test_small_blocks_that_lie_scattered_take_the_narrow_kernel(block, make, kep
     wide = make_linear_schedule(
         layout.indptr, layout.indices, block=block, tokens=8192, tile_tokens=256, n_programs=132
     )
-    narrow = narrow_schedule(problem, H200, wide, layout.indptr, layout.indices)
+    narrow = narrow_choice(problem, H200, wide, layout.indptr, layout.indices)
     assert (narrow is not None) == expected
-    assert narrow_schedule(problem, A100, wide, layout.indptr, layout.indices) is None
+    assert narrow_choice(problem, A100, wide, layout.indptr, layout.indices) is None

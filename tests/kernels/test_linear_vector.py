@@ -110,17 +110,17 @@ def test_is_the_same_every_time(device):
 
 
 def test_rows_are_cut_where_one_is_far_longer():
-    assert parts_of_rows([17] * 64, 4, 4, 1056) == [1] * 64, "even rows"
-    assert parts_of_rows([15, *[3] * 63], 4, 4, 1056) == [1] * 64, "uneven, but short"
-    assert parts_of_rows([64, *[4] * 63], 4, 4, 1056) == [8] + [1] * 63
-    assert parts_of_rows([1000, *[4] * 63], 4, 4, 1056)[0] == MOST_PARTS
+    assert parts_of_rows([17] * 64, 4, 4, 8, 1056) == [1] * 64, "even rows"
+    assert parts_of_rows([15, *[3] * 63], 4, 4, 8, 1056) == [1] * 64, "uneven, but short"
+    assert parts_of_rows([64, *[4] * 63], 4, 4, 8, 1056) == [8] + [1] * 63
+    assert parts_of_rows([1000, *[4] * 63], 4, 4, 8, 1056)[0] == MOST_PARTS
 
 
 def test_there_are_no_more_parts_than_run_at_once():
     counts = [64] * 20 + [8] * 204
-    parts = parts_of_rows(counts, 4, 4, 1056)
+    parts = parts_of_rows(counts, 4, 4, 8, 1056)
     assert 896 < 4 * sum(parts) <= 1056 and parts[-1] == 1
-    assert parts_of_rows(counts, 4, 4, 528) == [1] * 224, "whole rows are too many as it is"
+    assert parts_of_rows(counts, 4, 4, 8, 528) == [1] * 224, "whole rows are too many as it is"
 
 
 def test_parts_cover_every_block_once():
