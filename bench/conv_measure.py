@@ -23,6 +23,7 @@ from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
 from tetris.kernels.conv2d_paths import choose_conv2d_config
 from tetris.kernels.hopper.conv2d import block_sparse_conv2d, conv2d_schedule, launch_arguments
 from tetris.kernels.hopper.heuristics import complete_tile
+from tetris.kernels.hopper.pieces import FEW_TILES
 from tetris.kernels.hopper.pointwise_conv2d import block_sparse_conv2d as pointwise_conv2d
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
 from tetris.kernels.hopper.tile_choice import ranked_configs
@@ -136,7 +137,11 @@ class Operands:
 
 
 def candidates(case: Case, most: int) -> list[Conv2dConfig]:
-    """The likeliest configs of a case, the one that layers run first; 1x1 convolutions: of both kernels."""
+    """The likeliest configs of a case, the one that layers run first; 1x1 convolutions: of both kernels.
+
+    Three times as many where batches are short: there the model ranks tiles badly.
+    """
+    most = 3 * most if case.layer.batch <= SHORT_BATCH and most > 1 else most
     problem, info = case_problem(case, case_layout(case).n_blocks), device_info("cuda")
     options = {"max_pool": case.pool, "allow_tf32": case.dtype == "float32"}
     chosen = choose_conv2d_config(problem, info, **options)
@@ -183,11 +188,15 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def kernel_key(case: Case, config: Conv2dConfig) -> tuple[object, ...]:
-    """What the compiler sees of a launch of the convolution kernel: not the sizes, nor the layout."""
+    """What the compiler sees of a launch of the convolution kernel: not the sizes; of the layout, where rows are empty
+    or, with few tiles, may be cut."""
     if config.kernel != "hopper":
         return case, config
-    tile = complete_tile(case_problem(case, 1), config, max_pool=case.pool)
-    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0
+    problem, layout = case_problem(case, 1), case_layout(case)
+    tile = complete_tile(problem, config, max_pool=case.pool)
+    few = math.prod(tile.tiles(problem.batch, *problem.output_size)) * problem.block_rows <= FEW_TILES * 132
+    fills = bool((layout.indptr.diff() == 0).any())
+    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0, fills, few and case
 
 
 def compile_all(cases: Sequence[Case], most: int, more: Sequence[tuple[Case, Conv2dConfig]] = ()) -> None:

@@ -15,7 +15,6 @@ from tetris.kernels.hopper.heuristics import supports as hopper_supports
 from tetris.kernels.hopper.pointwise_conv2d import as_linear, is_pointwise
 from tetris.kernels.hopper.pointwise_conv2d import supports as pointwise_supports
 from tetris.kernels.hopper.tile_choice import ranked_configs
-from tetris.kernels.linear_paths import hopper_config
 from tetris.layout import ceil_div
 
 
@@ -36,17 +35,22 @@ def conv2d_refuses(
 
 
 def pointwise_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dConfig | None:
-    """The linear kernel for a 1x1 convolution that it suits: many pixels, and strips enough to share their inputs.
+    """The linear kernel for a 1x1 convolution that it suits: many pixels, and two strips of outputs at least.
 
-    H200, batch 128, 27 % random, us on the linear and the convolution kernel: 1024 -> 256 at 14 x 14 19.4 and 20.9,
-    256 -> 1024 25.9 and 27.6, 512 -> 2048 at 7 x 7 17.3 and 20.2; but 256 -> 64 at 56 x 56 36.5 and 31.5; batch 8,
-    1024 -> 256 at 14 x 14 11.0 and 9.7.
+    Tasks of 256 pixels where there are nearly three for two multiprocessors and a task is long, else of 128: the
+    schedule cuts what would be left over. H200, batch 128, a quarter kept in 64x32 blocks, random / reordered, us with
+    128, with 256, on the convolution kernel: 1024 -> 256 at 14 x 14 25.1, 24.3, 25.7 / 20.2, 17.5, 22.4; 128 -> 512 at
+    28 x 28 45.2, 45.5, 49.1 / 44.9, 45.4, 47.1; 64 -> 256 at 56 x 56 82.8, 85.4, 89.4 / 80.0, 81.1, 90.5; 2048 -> 512
+    at 7 x 7 19.7, 23.0, 20.8 / 21.7, 23.8, 23.8; but 256 -> 64 at 56 x 56 46.3, 47.4, 42.6. Batch 8, 1024 -> 256 at
+    14 x 14: 11.0 on the linear kernel, 9.7 on the convolution kernel.
     """
-    if not is_pointwise(problem) or min(problem.c_in, problem.c_out) < 256:
+    if not is_pointwise(problem) or problem.c_in < 64 or problem.c_out < 128:
         return None
     layer = as_linear(problem)
-    tile_tokens = hopper_config(layer, device).tile_tokens
-    if ceil_div(layer.out_features, 128) * ceil_div(layer.tokens, tile_tokens) < device.sm_count:
+    pairs = ceil_div(layer.out_features, 128)
+    wide = problem.c_in > 128 and pairs * ceil_div(layer.tokens, 256) >= 1.4 * device.sm_count
+    tile_tokens = 256 if wide else 128
+    if pairs * ceil_div(layer.tokens, tile_tokens) < device.sm_count:
         return None
     config = Conv2dConfig(kernel="hopper_linear", tile_n=1, tile_h=1, tile_w=tile_tokens)
     return config if conv2d_refuses(problem, device, config) is None else None

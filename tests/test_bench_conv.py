@@ -15,7 +15,15 @@ from tetris.autotune.ceilings import Ceilings
 from tetris.bench import conv_bench, conv_chain, conv_figures_bench, conv_measure, conv_permuted
 from tetris.bench.cases import ConvCase
 from tetris.bench.conv_cases import CASES, QUICK_CASES, Case, vgg16_cases
-from tetris.bench.conv_measure import BASELINE, Operands, candidates, case_layout, case_problem, least_bytes
+from tetris.bench.conv_measure import (
+    BASELINE,
+    SHORT_BATCH,
+    Operands,
+    candidates,
+    case_layout,
+    case_problem,
+    least_bytes,
+)
 from tetris.bench.rows import read_csv
 from tetris.kernels.hopper import conv2d as hopper_conv2d
 
@@ -79,7 +87,8 @@ def test_candidates_start_with_the_analytic_choice(fake_gpu):
         found = candidates(case, 3)
         problem = case_problem(case, case_layout(case).n_blocks)
         assert found[0] == choose_conv2d_config(problem, H200, max_pool=case.pool)
-        assert 1 <= len(found) <= 3 and len(set(found)) == len(found)
+        most = 9 if case.layer.batch <= SHORT_BATCH else 3
+        assert 1 <= len(found) <= most and len(set(found)) == len(found)
 
 
 def test_least_bytes_counts_everything_once():
@@ -221,7 +230,7 @@ def test_a_launch_covers_all_tiles_and_refuses_what_it_cannot(monkeypatch: pytes
     y = operands.tetris(config)()
     assert y.shape == (16, 128, 6, 6) and y.is_contiguous(memory_format=torch.channels_last)
     (grid, arguments, constants) = kernel.launches[0]
-    assert 1 <= grid[0] <= H200.sm_count and constants["POOL"] and arguments[-1] == 128
+    assert 1 <= grid[0] <= H200.sm_count and constants["POOL"] and arguments[-2:] == (128, 0)
     lists = (operands.values, operands.layout.indptr, operands.layout.indices)
     geometry = {"c_out": 128, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
     with pytest.raises(UnsupportedError, match="channels_last"):

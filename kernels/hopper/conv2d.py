@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import replace
@@ -13,11 +14,15 @@ import torch
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
 from tetris.kernels.device import device_info
+from tetris.kernels.hopper.fill import fill_tensor, filling_pays, idle_block_rows, idle_rows
 from tetris.kernels.hopper.geometry import WEIGHT_ROW_BYTES, WGMMA_ROWS, ConvTile
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.kernels.hopper.pairing import pair_block_rows
-from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
+from tetris.kernels.hopper.pieces import FEW_TILES, SMALL_TILE_COST, STEP_CYCLES_64, piece_cost, row_pieces
+from tetris.kernels.hopper.schedule import EMPTY_TILE_COST, TILE_COST, Schedule, make_schedule, round_robin
+from tetris.kernels.hopper.tile_choice import step_cycles
 from tetris.kernels.hopper.weights import arranged_weights
+from tetris.kernels.recording import launch
 from tetris.layout import ceil_div
 
 __all__ = ["block_sparse_conv2d", "conv2d_schedule", "descriptors", "supports"]
@@ -38,6 +43,9 @@ def conv2d_schedule(
     sm_count: int,
     device: torch.device | str,
     values: torch.Tensor | None = None,
+    *,
+    fills: bool | None = None,
+    cuts: bool = True,
 ) -> Schedule:
     """The schedule of a convolution; depends on its layout, output size and config only, so compute it once.
 
@@ -48,19 +56,39 @@ def conv2d_schedule(
         device: where the schedule's tensors go.
         values: the packed blocks. Where a block takes several steps, the schedule keeps a copy of them in the order of
             the steps: make it again when they change. None leaves that copy to every launch.
+        fills: whether strips of channels without blocks, or with nothing but one block of zeros, are stored beside the
+            products of the others; None = where that pays.
+        cuts: whether rows that keep many blocks are cut into pieces for several programs where tiles are few.
     """
     tile = complete_tile(problem, config)
     pairs = pair_block_rows(indptr, indices) if tile.parts > 1 else None
     blocks = (indptr if pairs is None else pairs.indptr).cpu().diff().tolist()
-    unit = tile.block_in / 64  # a step's cost in 64 x 64 blocks of a 3 x 3 kernel on a full tile
-    unit *= tile.taps / 9 * tile.tile_h * tile.row_pixels / 512
-    costs = [count * unit for count in blocks for _ in range(tile.halves)]
+    unit = tile.k_steps * step_cycles(tile) / STEP_CYCLES_64
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    even = config.schedule == "balanced"
-    made = make_schedule(costs, n * h * w, sm_count) if even else round_robin(len(costs), n * h * w, sm_count)
+    spatial = n * h * w
+    few = len(blocks) * tile.halves * spatial <= FEW_TILES * sm_count
+    empty = 0.0 if few else EMPTY_TILE_COST - TILE_COST
+    costs = [count * unit or empty for count in blocks for _ in range(tile.halves)]
     weights = None if values is None or tile.k_steps == 1 else arranged_weights(values, tile.tile_k)
     lists = (indptr, indices) if pairs is None else (pairs.indptr, pairs.indices)
-    return replace(made, work=made.records(*lists, tile.halves), pairs=pairs, weights=weights).to(device)
+    if config.schedule != "balanced":
+        made = round_robin(len(costs), spatial, sm_count).with_work(*lists, tile.halves)
+        return replace(made, pairs=pairs, weights=weights).to(device)
+    idle, channels = idle_rows(idle_block_rows(indptr, values), tile.halves, pairs)
+    if fills is None:
+        fills = not few and filling_pays(problem, len(idle), len(costs))
+    if not fills or len(idle) == len(costs):
+        idle, channels = [], []
+    entries = [0 if row in idle else blocks[row // tile.halves] for row in range(len(costs))]
+    parts = row_pieces(costs, entries, spatial, sm_count, tile) if few and cuts else [1] * len(costs)
+    pieces = [row for row, n in enumerate(parts) for _ in range(n)]
+    piece_costs = [piece_cost(costs[row], parts[row], tile) for row in pieces]
+    unused = [i for i, row in enumerate(pieces) if row in idle]
+    fixed = SMALL_TILE_COST if few else TILE_COST
+    made = make_schedule(piece_costs, spatial, sm_count, idle=unused, tile_cost=fixed)
+    fill = fill_tensor(channels, problem.batch * math.prod(problem.output_size), sum(entries) * tile.k_steps * spatial)
+    made = replace(made.with_work(*lists, tile.halves, parts), fill=fill)
+    return replace(made, pairs=pairs, weights=weights).to(device)
 
 
 def block_sparse_conv2d(
@@ -128,7 +156,8 @@ def block_sparse_conv2d(
     if schedule is None:
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         schedule = conv2d_schedule(indptr, indices, problem, config, sm_count, x.device)
-    if len(schedule.order) != rows * n * h * w:
+    tiles, cut_tiles = rows * n * h * w, len(schedule.counters)
+    if len(schedule.order) < tiles + cut_tiles or (len(schedule.order) > tiles and not cut_tiles):
         raise ShapeError(
             f"hopper convolution: wanted a schedule of {rows * n * h * w} tiles ({rows} rows x {n} x {h} x {w}); "
             f"got one of {len(schedule.order)}; make it with conv2d_schedule for this input and config"
@@ -140,20 +169,20 @@ def block_sparse_conv2d(
         x, values, indices, bias, residual, y, tile, schedule,
         activation=activation, max_pool=max_pool, permutation=output_permutation, sectors=config.fetch == "sectors",
     )  # fmt: skip
-    launch = partial(conv2d_kernel[(schedule.programs,)], *arguments, **constants)
+    run = partial(launch, conv2d_kernel, (schedule.programs,), *arguments, **constants)
     if config.fetch == "sectors":  # its programs write descriptors to memory that the launcher asks us for
-        copy_context().run(_with_scratch, launch, x.device)
+        copy_context().run(_with_scratch, run, x.device)
     else:
-        launch()
+        run()
     return y
 
 
-def _with_scratch(launch: Callable[[], object], device: torch.device) -> None:
+def _with_scratch(run: Callable[[], object], device: torch.device) -> None:
     """Launch with an allocator of scratch memory; to be run in a context of its own, where the setting ends."""
     import triton
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    launch()
+    run()
 
 
 def launch_arguments(
@@ -172,11 +201,12 @@ def launch_arguments(
     sectors: bool = False,
     turns: bool = True,
     producer_warps: int = 1,
+    overlap: bool = True,
 ) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) arguments of ``conv2d_kernel``; nothing is read, so CPU tensors do for compiling.
 
-    ``sectors``: see ``Conv2dConfig.fetch``. ``turns`` (whether :attr:`ConvTile.turns` counts) and ``producer_warps``
-    are there for ablations.
+    ``sectors``: see ``Conv2dConfig.fetch``. ``turns`` (whether :attr:`ConvTile.turns` counts), ``producer_warps`` and
+    ``overlap`` (programs start while the kernel before ends, and wait for it) are there for ablations.
     """
     scale = 2 if max_pool else 1
     _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)
@@ -185,9 +215,17 @@ def launch_arguments(
     pairs = schedule.pairs
     lists = [indices, None, None] if pairs is None else [pairs.indices, pairs.blocks, pairs.rows]
     permutes = permutation is not None
+    fills, cut_tiles = residual is None and len(schedule.fill) > 0, len(schedule.counters)
+    workspace = None
+    if cut_tiles:
+        places = len(schedule.order) - rows * math.prod(tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale))
+        size = 2 * tile.consumer_rows[0] * tile.row_pixels * WGMMA_ROWS
+        workspace = torch.empty(places + cut_tiles, size, dtype=torch.float32, device=y.device)
     loads = [x.permute(0, 2, 3, 1) if sectors else None]
-    stores = [y.permute(0, 2, 3, 1) if permutes else None, permutation]
-    tensors = [*loads, *stores, bias, *lists, schedule.program_ptr, schedule.work]
+    stores = [y.permute(0, 2, 3, 1) if permutes or fills else None, permutation]
+    walk = [schedule.program_ptr, schedule.ends if fills else schedule.program_ptr[1:], schedule.work]
+    pieces = [schedule.counters if cut_tiles else None, workspace]
+    tensors = [*loads, *stores, bias, *lists, *walk, schedule.fill if fills else None, *pieces]
     flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     options = {
         "PERMUTES": permutes,
@@ -195,10 +233,14 @@ def launch_arguments(
         "TURNS": turns and tile.turns,
         "PRODUCER_WARPS": producer_warps,
         "SECTORS": sectors,
+        "FILLS": fills,
+        "CUTS": cut_tiles > 0,
         "T": tile,
         "num_warps": 4,
+        "launch_pdl": overlap,
     }
-    return [*descriptors(x, weights, y, residual, tile, max_pool), *tensors, rows, h, w, y.shape[1]], flags | options
+    sizes = [rows, h, w, y.shape[1], max(0, len(schedule.fill) - 1)]
+    return [*descriptors(x, weights, y, residual, tile, max_pool), *tensors, *sizes], flags | options
 
 
 def descriptors(

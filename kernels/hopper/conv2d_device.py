@@ -19,10 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tetris.kernels.hopper.epilogue_device import activate, pool_columns, pool_rows
-from tetris.kernels.hopper.load_device import producer, tile_origin, work_at
-from tetris.kernels.hopper.store_device import store_groups
+from tetris.kernels.hopper.fill_device import filler
+from tetris.kernels.hopper.finish_device import finish_tile
+from tetris.kernels.hopper.load_device import RECORD, producer, tile_origin, work_at
+from tetris.kernels.hopper.pieces_device import added_sums, leave_sums
 
 
 @gluon.jit
@@ -113,50 +115,34 @@ def multiply_step(
 
 
 @gluon.jit
-def first_channel(row, part, row_of_part, T: gl.constexpr):
-    """Where the output channels of one part of a row of 64 begin."""
-    channel = row * 64
-    if T.parts > 1:
-        channel = gl.load(row_of_part + row * T.parts + part) * T.block_out
-    return channel
-
-
-@gluon.jit
 def consumer(
-    y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y, tiles_x, c_out,
-    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
+    y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, rows, tiles_y, tiles_x, c_out,
+    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn, counters, workspace,
     WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    PERMUTES: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, T: gl.constexpr,
+    PERMUTES: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, CUTS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying warpgroup: accumulates its rows of every tile, then bias, residual, activation, pool and store."""
-    DTYPE: gl.constexpr = y_desc.dtype
+    """A multiplying warpgroup: accumulates its rows of every tile and finishes them, or with CUTS leaves its piece."""
     N: gl.constexpr = T.accumulator_pixels
-    ROWS: gl.constexpr = T.rows_per_accumulator
-    ROW0: gl.constexpr = 0 if WARPGROUP == 0 else T.consumer_rows[0]
-    R: gl.constexpr = T.consumer_rows[WARPGROUP] // ROWS
+    R: gl.constexpr = T.consumer_rows[WARPGROUP] // T.rows_per_accumulator
+    MOST_R: gl.constexpr = T.consumer_rows[0] // T.rows_per_accumulator
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32 // T.item_size]
     )
-    SHRINK: gl.constexpr = 2 if POOL else 1
-    PAIRS: gl.constexpr = SHRINK if ROWS == 1 else 1  # accumulators whose maximum is stored: one may hold both rows
-    OUT_PIXELS: gl.constexpr = N * PAIRS // (SHRINK * SHRINK)
     PARTS: gl.constexpr = T.parts
     WIDTH: gl.constexpr = 64 // T.parts
-    BOX: gl.constexpr = [ROWS, T.tile_w, T.tile_n, WIDTH]
-    OUT_BOX: gl.constexpr = [ROWS * PAIRS // SHRINK, T.tile_w // SHRINK, T.tile_n, WIDTH]
-    OUT_R: gl.constexpr = R // PAIRS
     xi = 0
     wi = 0
     yi = 0
     ri = 0
     program = gl.program_id(0)
     position = gl.load(program_ptr + program)
-    last = gl.load(program_ptr + program + 1) - 1
+    last = gl.load(end_ptr + program) - 1
     tile, begin, end, _column = work_at(work, position)
     while position <= last:
         row, y0, x0, n0 = tile_origin(tile, rows, tiles_y, tiles_x, T)
         position += 1
         tile, next_begin, next_end, _column = work_at(work, gl.minimum(position, last))
+        shift = 0.0
         if HAS_BIAS:
             lanes = gl.arange(0, 64, gl.SliceLayout(1, ACC))
             channels = row * 64 + lanes
@@ -173,48 +159,24 @@ def consumer(
             xi += 1
         begin = next_begin
         end = next_end
-
-        for r in gl.static_range(OUT_R):
-            tma.store_wait((T.y_stages - 1) * PARTS)
-            out = y_buffer.index(WARPGROUP * T.y_stages + yi % T.y_stages)
-            yi += 1
-            y = y0 + ROW0 + r * ROWS * PAIRS
-            for i in gl.static_range(PAIRS):
-                value = accs[r * PAIRS + i]
-                if HAS_BIAS:
-                    value = value + gl.expand_dims(shift, 1)
-                if HAS_RESIDUAL:
-                    mbarrier.expect(r_full.index(WARPGROUP), 64 * N * T.item_size)
-                    for part in gl.static_range(PARTS):
-                        target = out._reinterpret(DTYPE, [PARTS, N, WIDTH], out.layout).index(part)
-                        target = target._reinterpret(DTYPE, BOX, r_desc.layout)
-                        place = [y + i * ROWS, x0, n0, first_channel(row, part, row_of_part, T)]
-                        tma.async_copy_global_to_shared(r_desc, place, r_full.index(WARPGROUP), target)
-                    mbarrier.wait(r_full.index(WARPGROUP), ri & 1)
-                    ri += 1
-                    value = value + out.permute((1, 0)).load(ACC).to(gl.float32)
-                value = activate(value, ACTIVATION)
-                if i == 0:
-                    kept = value
-                else:
-                    kept = gl.maximum(kept, value)
-            if POOL:
-                if ROWS > 1:
-                    kept = pool_rows(kept, ROWS, T.row_pixels)
-                kept = pool_columns(kept, OUT_BOX[0] * T.tile_w, T.tile_n)
-                out = out._reinterpret(DTYPE, [OUT_PIXELS, 64], out.layout)
-            out.permute((1, 0)).store(kept.to(DTYPE))
-            fence_async_shared()
-            for part in gl.static_range(PARTS):
-                source = out._reinterpret(DTYPE, [PARTS, OUT_PIXELS, WIDTH], out.layout).index(part)
-                channel = first_channel(row, part, row_of_part, T)
-                if PERMUTES:
-                    store_groups(
-                        source, y_ptr, y_desc, permutation, y // SHRINK, x0 // SHRINK, n0, channel, c_out, OUT_BOX
-                    )
-                else:
-                    place = [y // SHRINK, x0 // SHRINK, n0, channel]
-                    tma.async_copy_shared_to_global(y_desc, place, source._reinterpret(DTYPE, OUT_BOX, y_desc.layout))
+        if CUTS:
+            pieces = gl.load(work + (position - 1) * RECORD + 4)
+            is_last = True
+            if pieces > 1:
+                place = work + (position - 1) * RECORD
+                is_last = leave_sums(accs, workspace, counters, place, pieces, WARPGROUP, R, MOST_R, N)
+                if is_last:
+                    accs = added_sums(workspace, place, pieces, WARPGROUP, R, MOST_R, N, ACC)
+            if is_last:
+                yi, ri = finish_tile(
+                    accs, shift, row, y0, x0, n0, yi, ri, y_desc, r_desc, y_ptr, permutation, row_of_part, c_out,
+                    y_buffer, r_full, WARPGROUP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, R, T,
+                )  # fmt: skip
+        else:
+            yi, ri = finish_tile(
+                accs, shift, row, y0, x0, n0, yi, ri, y_desc, r_desc, y_ptr, permutation, row_of_part, c_out, y_buffer,
+                r_full, WARPGROUP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, R, T,
+            )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -230,13 +192,14 @@ def without_promotion(desc, first):
     )
 
 
-@gluon.jit(do_not_specialize=["rows", "tiles_y", "tiles_x", "c_out"])
+@gluon.jit(do_not_specialize=["rows", "tiles_y", "tiles_x", "c_out", "strips"])
 def conv2d_kernel(
     x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, x_ptr, y_ptr, permutation, bias,
-    indices, blocks, row_of_part, program_ptr, work, rows, tiles_y, tiles_x, c_out,
+    indices, blocks, row_of_part, program_ptr, end_ptr, work, fill, counters, workspace, rows, tiles_y,
+    tiles_x, c_out, strips,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PERMUTES: gl.constexpr,
     POOL: gl.constexpr, TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, SECTORS: gl.constexpr,
-    T: gl.constexpr,
+    FILLS: gl.constexpr, CUTS: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """Allocate the rings and start the three roles. Grid: one program per entry of ``program_ptr``; num_warps=4.
 
@@ -244,9 +207,12 @@ def conv2d_kernel(
     2 its even columns, and ``odd_*`` its odd ones. ``w_desc``: see ``weights.arranged_weights``, rows of 128 bytes, one
     box for the 64 or BLOCK_OUT rows of a tap. ``y_desc``, ``r_desc``: output and residual as [H, W, N, C_OUT], boxes
     [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``y_ptr``, ``permutation``: for :func:`store_groups`, where it PERMUTES.
-    ``blocks``, ``row_of_part``: see ``pairing.PairedRows``; None without. ``program_ptr``, ``work``: see
+    ``blocks``, ``row_of_part``: see ``pairing.PairedRows``. ``program_ptr``, ``end_ptr``, ``work``, ``fill`` (if it
+    FILLS, of ``strips`` strips), ``counters`` (if it CUTS; ``workspace`` takes the sums of all pieces): see
     ``schedule.Schedule``. What a launch does not need is None.
     """
+    gdc_wait()  # with OVERLAP in the launcher: the kernel before may still be running until here
+    gdc_launch_dependents()
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = T.item_size * 8
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(T.tile_k * T.item_size, BITS, rank=2)
@@ -268,7 +234,7 @@ def conv2d_kernel(
     for band in gl.static_range(BANDS):
         for i in gl.static_range(X_STAGES):
             mbarrier.init(x_full.index(i * BANDS + band), count=1)
-            mbarrier.init(x_empty.index(i * BANDS + band), count=T.bands[band].readers)
+            mbarrier.init(x_empty.index(i * BANDS + band), count=T.bands[band].readers + (FILLS and band == 0))
     for i in gl.static_range(W_STAGES):
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(w_empty.index(i), count=2)
@@ -282,16 +248,20 @@ def conv2d_kernel(
             halo_desc = without_promotion(halo_desc, x_ptr)
     gl.warp_specialize(
         [
-            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y,
-                        tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
-                        0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, T)),
-            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, work, rows, tiles_y,
-                        tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn,
-                        1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, T)),
+            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, rows,
+                        tiles_y, tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
+                        turn, counters, workspace, 0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, CUTS,
+                        T)),
+            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, rows,
+                        tiles_y, tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
+                        turn, counters, workspace, 1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, CUTS,
+                        T)),
             (producer, ((x_desc, halo_desc, odd_desc, odd_halo_desc), w_desc,
-                        indices, blocks, program_ptr, work, rows, tiles_y, tiles_x,
+                        indices, blocks, program_ptr, end_ptr, work, rows, tiles_y, tiles_x,
                         x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T)),
+            (filler, (fill, strips, program_ptr, end_ptr, work, x_full, x_empty, bias, permutation, y_ptr, y_desc,
+                      c_out, ACTIVATION, HAS_BIAS, PERMUTES, FILLS, T)),
         ],
-        [4, PRODUCER_WARPS],
-        [224, 56],  # registers; with 40 for the producer, 5 x 5 kernels spilled there
+        [4, PRODUCER_WARPS, 1],
+        [224, 56, 64],  # registers; with 40 for the producer, 5 x 5 kernels spilled there
     )  # fmt: skip

@@ -103,6 +103,9 @@ def complete_tile(problem: Conv2dProblem, config: Conv2dConfig, *, max_pool: boo
     if not config.x_stages:
         spare = (SHARED_BYTES - tile.shared_bytes) // tile.x_step_bytes
         tile = replace(tile, x_stages=max(1, min(MOST_X_STAGES, 2 + spare)))
+    if not config.y_stages and tile.y_stages == 1 and tile.turns and not max_pool:  # the store then waits for no copy
+        twice = replace(tile, y_stages=2)
+        tile = twice if twice.shared_bytes <= SHARED_BYTES else tile
     if not config.w_stages:
         spare = (SHARED_BYTES - tile.shared_bytes) // tile.w_step_bytes
         most = max(tile.w_stages, MOST_W_BYTES // tile.w_step_bytes)

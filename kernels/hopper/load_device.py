@@ -11,6 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from tetris.kernels.hopper.geometry import WORK_FIELDS
+
+RECORD: gl.constexpr = gl.constexpr(WORK_FIELDS)
+
 
 @gluon.jit
 def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
@@ -27,7 +31,7 @@ def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
 @gluon.jit
 def work_at(work, position):
     """(tile, first entry, one past its last, input block of the first) of a position in the schedule's list."""
-    record = work + position * 4
+    record = work + position * RECORD
     return gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3)
 
 
@@ -70,7 +74,7 @@ def load_input_row(x_descs, x_buffer, barrier, stage, row: gl.constexpr, y0, x0,
 
 @gluon.jit
 def producer(
-    x_descs, w_desc, indices, blocks, program_ptr, work, rows, tiles_y, tiles_x,
+    x_descs, w_desc, indices, blocks, program_ptr, end_ptr, work, rows, tiles_y, tiles_x,
     x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: input tiles and weights of every tile of this program, as far ahead as the rings allow.
@@ -84,7 +88,7 @@ def producer(
     wi = 0
     program = gl.program_id(0)
     position = gl.load(program_ptr + program)
-    last = gl.load(program_ptr + program + 1) - 1
+    last = gl.load(end_ptr + program) - 1
     tile, begin, end, column = work_at(work, position)
     while position <= last:
         row, y0, x0, n0 = tile_origin(tile, rows, tiles_y, tiles_x, T)

@@ -106,6 +106,15 @@ def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -
     kept = problem.n_blocks / (problem.block_rows * columns)
     blocks = columns * (1 - (1 - kept) ** tile.parts)  # a pair multiplies the union of its rows
     steps = blocks * tile.k_steps
+    cycles = steps * step_cycles(tile) + TILE_CYCLES + PIXEL_CYCLES * pixels
+    n, h, w = tile.tiles(problem.batch, *problem.output_size)
+    rounds = n * h * w * block_rows * tile.halves / device.sm_count
+    return max(LONGEST, rounds + UNEVEN) * cycles
+
+
+def step_cycles(tile: ConvTile) -> float:
+    """Cycles of one step of a tile: its products or its loads, whichever take longer, and its barriers."""
+    pixels = tile.tile_h * tile.row_pixels
     rate = 2048.0 * 2 / tile.item_size * _fullness(tile.accumulator_pixels)
     products = pixels * 64 * tile.tile_k * tile.taps / rate
     products = max(products, tile.taps * TAP_CYCLES)
@@ -114,10 +123,7 @@ def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -
     loads = max((rows + weight_rows) * ROW_CYCLES, size / LOAD_BYTES_PER_CYCLE)
     if tile.x_stages < 2:
         loads += products
-    cycles = steps * (max(products, loads) + STEP_CYCLES) + TILE_CYCLES + PIXEL_CYCLES * pixels
-    n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    rounds = n * h * w * block_rows * tile.halves / device.sm_count
-    return max(LONGEST, rounds + UNEVEN) * cycles
+    return max(products, loads) + STEP_CYCLES
 
 
 def _fullness(columns: int) -> float:

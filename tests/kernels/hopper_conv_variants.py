@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tests.support.operands import ConvCase, conv2d_operands
-from tetris.kernels.configs import Conv2dConfig
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
+from tetris.kernels.hopper.conv2d import conv2d_schedule
+from tetris.kernels.hopper.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class Variant:
             channels = groups[:, None] * self.output_group + torch.arange(self.output_group)
             made["output_permutation"] = channels.reshape(-1).to(device)
         return made
+
+    def schedule(self, case: ConvCase, operands: dict[str, Any], programs: int) -> Schedule:
+        """The schedule of such operands, on their device; strips without blocks are filled however small the case."""
+        geometry = {name: operands[name] for name in ("kernel_size", "stride", "padding", "dilation")}
+        problem = Conv2dProblem(
+            case.batch, case.c_in, case.c_out, case.height, case.width, block=case.block, dtype=self.dtype,
+            n_blocks=len(operands["values"]), **geometry,
+        )  # fmt: skip
+        lists, fills = (operands["indptr"], operands["indices"]), "empty" in self.extras
+        return conv2d_schedule(*lists, problem, self.config, programs, operands["x"].device, fills=fills)
 
     def problem(self, generator: random.Random) -> ConvCase:
         """A random small problem of this variant: odd sizes, ragged channels, batches beside the tile's."""
@@ -128,4 +140,18 @@ VARIANTS: tuple[Variant, ...] = (
     replace(SMALL_BATCH, tile=(1, 8, 8), block=(128, 32), extras=("bias",), activation="gelu", output_group=16),
     replace(BASE, block=(64, 16), tile=(8, 8, 8), extras=("bias",), activation="relu", fetch="sectors"),
     replace(BASE, block=(64, 32), tile=(8, 8, 8), activation="relu", max_pool=True, fetch="sectors"),
+    replace(BASE, block=(64, 32), tile=(16, 4, 8), extras=("bias", "empty"), activation="relu"),
+    replace(BASE, block=(128, 32), tile=(8, 4, 16), extras=("empty",), activation="silu", max_pool=True),
+    replace(BASE, block=(32, 32), tile=(16, 4, 4), extras=("bias", "empty"), activation="gelu", output_group=16),
+    replace(BASE, block=(64, 64), dtype="float32", tile=(16, 4, 4), extras=("bias", "empty"), stride=(2, 2)),
+    replace(BASE, block=(64, 64), tile=(16, 4, 4), extras=(*FUSED, "empty"), activation="relu"),
+    replace(
+        SMALL_BATCH,
+        tile=(1, 8, 8),
+        block=(64, 32),
+        extras=("bias", "empty"),
+        kernel_size=(5, 5),
+        padding=(2, 2),
+        tile_k=16,
+    ),
 )

@@ -23,8 +23,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.hopper]
 def error(variant: Variant, case: ConvCase, seed: int, monkeypatch: pytest.MonkeyPatch) -> float:
     """The relative error on NaN-moated operands and a NaN-filled, moated output."""
     operands = variant.operands(case, torch.device("cuda"), seed)
+    schedule = variant.schedule(case, operands, torch.cuda.get_device_properties(0).multi_processor_count)
     with nan_outputs(monkeypatch):
-        y = block_sparse_conv2d(**operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config)
+        y = block_sparse_conv2d(
+            **operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config, schedule=schedule
+        )
     expected = reference.block_sparse_conv2d(**operands)
     if variant.max_pool:
         expected = torch.nn.functional.max_pool2d(expected, 2)

@@ -17,8 +17,8 @@ from tetris.kernels.hopper.heuristics import SHARED_BYTES
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 ROOT = Path(__file__).parents[2]
-QUICK = (2, 8, 13, 15, 27)
-"""Tall tiles with an epilogue; pairs of rows with pooling; tf32; stride 2; a batch of one."""
+QUICK = (2, 8, 13, 15, 27, 41, 46)
+"""Tall tiles; pairs of rows with pooling; tf32; stride 2; a batch of one; rows without blocks; rows cut into pieces."""
 
 
 def facts(*which: int | str) -> dict[str, dict]:

@@ -53,7 +53,7 @@ def test_makespan_is_the_busiest_program_over_the_mean():
 
 def test_a_program_walks_the_image_in_order_before_the_balanced_rounds():
     rows, spatial, programs, rounds = len(UNEVEN), 400, 16, 2
-    schedule = make_schedule(UNEVEN, spatial, programs, balanced_rounds=rounds)
+    schedule = make_schedule(UNEVEN, spatial, programs, balanced_rounds=rounds, tile_cost=0.35)
     tail_from = spatial - -(-rounds * programs // rows)
     bounds, tiles = schedule.program_ptr.tolist(), schedule.order.tolist()
     for a, b in pairwise(bounds):
@@ -113,10 +113,10 @@ def test_a_schedule_survives_as_tensors():
 
 def test_records_say_what_a_tile_multiplies():
     indptr, indices = torch.tensor([0, 2, 2, 5]), torch.tensor([1, 3, 0, 2, 3])
-    schedule = round_robin(rows=6, spatial_tiles=2, programs=5)
-    work = schedule.records(indptr, indices, halves=2)
-    assert work.dtype == torch.int32 and torch.equal(work[:, 0], schedule.order)
-    for tile, begin, end, first in work.tolist():
+    schedule = round_robin(rows=6, spatial_tiles=2, programs=5).with_work(indptr, indices, halves=2)
+    assert schedule.work.dtype == torch.int32 and torch.equal(schedule.work[:, 0], schedule.order)
+    for tile, begin, end, first, pieces, *_ in schedule.work.tolist():
+        assert pieces == 1
         block_row = tile % 6 // 2
         assert [begin, end] == indptr[block_row : block_row + 2].tolist()
         assert begin == end or first == indices[begin]
@@ -145,3 +145,64 @@ def test_a_schedule_keeps_weights_only_where_blocks_take_several_steps(tile_k):
     assert (schedule.weights is None) == (tile_k == 64) and schedule.pairs is None
     again = Schedule.from_tensors(schedule.tensors)
     assert again.pairs is None and (again.weights is None) == (tile_k == 64)
+
+
+def uneven_schedule(sizes: list[int], batch: int = 1) -> tuple[Schedule, torch.Tensor]:
+    """Of a layer whose four block rows keep so many blocks, and its indptr; at batch 1 4 tiles a row."""
+    indptr = torch.tensor([0, *sizes]).cumsum(0).int()
+    indices = torch.cat([torch.arange(size) for size in sizes]).int()
+    problem = Conv2dProblem(
+        batch, 512, 256, 14, 14, (3, 3), (1, 1), (1, 1), (1, 1), block=(64, 32), dtype="float16", n_blocks=len(indices)
+    )
+    config = Conv2dConfig(kernel="hopper", tile_n=1, tile_h=8, tile_w=8, input_order="copies")
+    return conv2d_schedule(indptr, indices, problem, config, 132, "cpu"), indptr
+
+
+@pytest.mark.parametrize("last_row", [0, 1])
+def test_pieces_of_a_row_cover_it_and_have_places_of_their_own(last_row):
+    schedule, indptr = uneven_schedule([14, 3, 1, last_row])
+    cut_tiles: dict[tuple[int, int], list[list[int]]] = {}
+    for tile, begin, end, first, pieces, counter, place, piece in schedule.work.tolist():
+        assert first < 14 and (begin < end or not last_row)
+        cut_tiles.setdefault((tile, pieces), []).append([begin, end, counter, place, piece])
+    assert sorted(tile for tile, _ in cut_tiles) == list(range(16))
+    places, counters = [], []
+    for (tile, pieces), found in cut_tiles.items():
+        found.sort()
+        assert len(found) == pieces and [piece for *_, piece in found] == list(range(pieces))
+        edges = [found[0][0], *(end for _, end, *_ in found)]
+        assert [begin for begin, *_ in found] == edges[:-1]
+        assert [edges[0], edges[-1]] == indptr[tile % 4 : tile % 4 + 2].tolist()
+        if pieces > 1:
+            assert len({(counter, place) for _, _, counter, place, _ in found}) == 1
+            counters.append(found[0][2])
+            places += range(found[0][3], found[0][3] + pieces)
+    assert counters and sorted(counters) == list(range(len(schedule.counters)))
+    assert sorted(places) == list(range(len(schedule.order) - 16 + len(counters)))
+    assert schedule.counters.shape == (len(counters), 2) and not schedule.counters.any()
+
+
+def test_tiles_of_idle_rows_are_the_last_and_the_others_end_together():
+    schedule, _ = uneven_schedule([14, 3, 1, 0], batch=64)
+    busy = []
+    for program, (begin, end) in enumerate(pairwise(schedule.program_ptr.tolist())):
+        middle = int(schedule.ends[program])
+        idle = [tile % 4 == 3 for tile in schedule.order[begin:end].tolist()]
+        assert idle == [False] * (middle - begin) + [True] * (end - middle) and begin < middle
+        busy.append(int((schedule.work[begin:middle, 2] - schedule.work[begin:middle, 1]).sum()))
+    assert schedule.fill[1:].tolist() == [192] and max(busy) < 1.1 * sum(busy) / len(busy)
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [([14, 3, 1, 1], 64), ([14, 3, 0, 0], 64), ([14, 3, 1, 0], 1)])
+def test_nothing_is_filled_where_that_does_not_pay(sizes, batch):
+    schedule, _ = uneven_schedule(sizes, batch)
+    assert len(schedule.fill) == 0 and torch.equal(schedule.ends, schedule.program_ptr[1:])
+
+
+def test_large_layers_are_not_cut():
+    indptr, indices = torch.tensor([0, 8, 9], dtype=torch.int32), torch.arange(9, dtype=torch.int32) % 8
+    problem = Conv2dProblem(
+        128, 256, 128, 56, 56, (3, 3), (1, 1), (1, 1), (1, 1), block=(64, 32), dtype="float16", n_blocks=9
+    )
+    config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=8)
+    assert len(conv2d_schedule(indptr, indices, problem, config, 132, "cpu").counters) == 0

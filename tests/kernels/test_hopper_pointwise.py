@@ -43,6 +43,15 @@ def test_kernel_by_problem(problem, device, kernel):
     assert choose_conv2d_config(problem, device).kernel == kernel
 
 
+@pytest.mark.parametrize(("c_in", "c_out", "size", "pixels"), [
+    (1024, 256, 14, 256), (512, 128, 28, 256), (256, 1024, 14, 256), (2048, 512, 7, 128), (64, 256, 56, 128),
+])  # fmt: skip
+def test_pixels_of_a_task(c_in, c_out, size, pixels):
+    problem = replace(POINTWISE, c_in=c_in, c_out=c_out, height=size, width=size)
+    config = choose_conv2d_config(problem, H200)
+    assert (config.kernel, config.tile_pixels) == ("hopper_linear", pixels)
+
+
 def test_says_why_it_does_not_support():
     assert supports(POINTWISE, H200, CONFIG) is None
     assert "stride" in (conv2d_refuses(replace(POINTWISE, stride=(2, 2)), H200, CONFIG) or "")

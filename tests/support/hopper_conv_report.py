@@ -18,7 +18,7 @@ import triton
 from tests.kernels.hopper_conv_variants import VARIANTS, Variant
 from tests.support.compiler import Compiled, compiling
 from tests.support.hopper_conv_defaults import default_variants
-from tetris.kernels.configs import Conv2dProblem, DeviceInfo
+from tetris.kernels.configs import DeviceInfo
 from tetris.kernels.hopper import conv2d as launcher
 
 
@@ -26,12 +26,7 @@ def compile_variant(variant: Variant) -> Compiled:
     """Launch the variant on CPU tensors under the compiling driver."""
     case = variant.problem(random.Random(0))
     operands = variant.operands(case, torch.device("cpu"))
-    geometry = {name: operands[name] for name in ("kernel_size", "stride", "padding", "dilation")}
-    problem = Conv2dProblem(
-        case.batch, case.c_in, case.c_out, case.height, case.width, block=case.block, dtype=variant.dtype,
-        n_blocks=len(operands["values"]), **geometry,
-    )  # fmt: skip
-    schedule = launcher.conv2d_schedule(operands["indptr"], operands["indices"], problem, variant.config, 132, "cpu")
+    schedule = variant.schedule(case, operands, 132)
     with compiling(90) as results:
         launcher.block_sparse_conv2d(
             **operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config, schedule=schedule

@@ -72,6 +72,14 @@ def random_layout(shape: tuple[int, int], block: tuple[int, int], kept: float, s
     return BlockLayout.from_mask(mask, shape, block).without_empty_rows()
 
 
+def _with_empty_rows(layout: BlockLayout, generator: torch.Generator) -> BlockLayout:
+    """The same layout with about half of its block rows emptied, never all of them."""
+    mask = layout.to_mask()
+    emptied = torch.rand(len(mask), generator=generator) < 0.5
+    emptied[int(torch.randint(len(mask), (), generator=generator))] = False
+    return BlockLayout.from_mask(mask & ~emptied[:, None], layout.shape, layout.block)
+
+
 def _optional(case: ConvCase | LinearCase, channels: tuple[int, int], y_shape: tuple[int, ...], randn, dtype) -> dict:
     generator = torch.Generator().manual_seed(1)
     made: dict[str, torch.Tensor] = {}
@@ -94,6 +102,8 @@ def conv2d_operands(case: ConvCase, dtype: torch.dtype, device: torch.device, se
         return torch.randn(*shape, generator=generator).to(dtype)
 
     layout = random_layout((case.c_out, case.c_in), case.block, case.kept, seed)
+    if "empty" in case.extras:
+        layout = _with_empty_rows(layout, generator)
     weight = randn(case.c_out, case.c_in, *case.kernel_size, dtype=torch.float32)
     weight /= (case.c_in * weight[0, 0].numel()) ** 0.5
     out_size = conv2d_output_size((case.height, case.width), case.kernel_size, case.stride, case.padding, case.dilation)
