@@ -31,6 +31,7 @@ from tetris.dispatch import linear_launch
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, default_linear_config
 from tetris.kernels.linear_paths import (
     DECODE_TOKENS,
+    NARROW,
     decode_config,
     linear_launcher,
     linear_refuses,
@@ -103,7 +104,7 @@ def candidates(problem: LinearProblem, info: DeviceInfo) -> list[LinearConfig]:
         return [config for config in found if linear_refuses(problem, info, config) is None]
     found = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in (256, 128)]
     if problem.tokens > SHORT_TOKENS:
-        found.append(LinearConfig(kernel="narrow"))
+        found += NARROW
     if problem.tokens <= SHORT_TOKENS:
         found += [replace(split_config(problem, info), tile_tokens=tile) for tile in (128, 64)]
     portable = default_linear_config(problem, info)

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import torch
 
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.device import device_info
 from tetris.kernels.hopper.linear import ITEM_SIZE, refuse_permutations
 from tetris.kernels.hopper.linear import supports as linear_supports
 from tetris.kernels.hopper.linear_schedule import STRIP
 from tetris.kernels.hopper.narrow_linear_schedule import (
     LINE,
     STAGE_K,
+    TILE_OUT,
     TILE_TOKENS,
     make_narrow_schedule,
-    stage_slots,
+    ring_stages,
     strip_outputs,
 )
+from tetris.kernels.recording import launch
 
-STAGES = 4
-"""Of the ring: 48 kB each beside 32 kB of output tiles fill shared memory."""
 LEAST_WEIGHTS = 1024
 """Of a block: a stage has place for 16 weight tiles."""
 
@@ -36,6 +37,8 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
         return f"takes blocks of fewer than {STRIP} outputs or inputs; got {block_out} x {block_in}"
     if config.tile_tokens != TILE_TOKENS:
         return f"takes tile_tokens {TILE_TOKENS}; got {config.tile_tokens}"
+    if config.tile_out not in (0, *TILE_OUT):
+        return f"takes tile_out in {TILE_OUT}; got {config.tile_out}"
     return None
 
 
@@ -81,17 +84,23 @@ def block_sparse_linear(
     if tokens == 0:
         return output
     if schedule is None:
-        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-        schedule = make_narrow_schedule(indptr, indices, block=block, tokens=tokens, n_programs=programs).tensors
+        programs = device_info(x.device).sm_count
+        schedule = make_narrow_schedule(
+            indptr, indices, block=block, tokens=tokens, tile_out=config.tile_out or TILE_OUT[0], n_programs=programs
+        ).tensors
     groups, entries, program_ptr, order = schedule
-    n = strip_outputs(block[0])
+    places = entries.shape[1] - 3
+    tile_out = config.tile_out or TILE_OUT[0]
+    n = strip_outputs(block[0], tile_out)
 
     def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
         layout = NVMMASharedLayout(LINE * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, LINE], layout)
 
     y_desc = descriptor(y, 64)
-    narrow_block_sparse_linear_kernel[(len(program_ptr) - 1,)](
+    launch(
+        narrow_block_sparse_linear_kernel,
+        (len(program_ptr) - 1,),
         descriptor(x2, TILE_TOKENS),
         descriptor(values.view(-1, LINE), n * block[1] // LINE),
         y_desc,
@@ -103,10 +112,11 @@ def block_sparse_linear(
         order,
         len(groups),
         out_features,
+        TILE_O=tile_out,
         N=n,
         TILE_K=block[1],
-        SLOTS=stage_slots(block),
-        STAGES=config.x_stages or STAGES,
+        PLACES=places,
+        STAGES=ring_stages(places, n * block[1] * ITEM_SIZE),
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

@@ -3,12 +3,16 @@
 y[m, o] = epilogue(sum over kept blocks (o-block, k-block) of x[m, k] W[o, k]).
 
 Where small kept blocks lie scattered, tiles of 64 outputs by hundreds of tokens (see ``linear_device``) multiply zeros
-and fetch inputs for few products. Here a task is 128 tokens and a *group* of 256 outputs in strips of ``N``, a strip
-being a block row or, of taller ones, 64 or 128 outputs. Its *stages* are all inputs that any strip keeps, 64 at a time,
-fetched once for all of them; every strip multiplies just what it keeps, [128 tokens x TILE_K] by [TILE_K x N], in a
-branch of its own that a bit of the stage's mask opens. ptxas lets these products run in parallel as long as they are
+and fetch inputs for few products. Here a task is 128 tokens and a *group* of up to TILE_O outputs in strips of ``N``, a
+strip being a block row or, of taller ones, 64 or 128 outputs. Its *stages* are all inputs that any strip keeps, 64 at a
+time, fetched once for all of them; every strip multiplies just what it keeps, [128 tokens x TILE_K] by [TILE_K x N], in
+a branch of its own that a bit of the stage's mask opens. ptxas lets these products run in parallel as long as they are
 waited for once, at the end of the stage. A branch costs as much as a product of 64 tokens, so each matrix warp group
 takes all tokens for half of the strips rather than half of the tokens for all.
+
+With 384 outputs the sums fill three quarters of all registers there are, and a stage's products are waited for after
+every 32 inputs, because the tokens of the next 32 only then find room; the L2 cache, which bounds these products, has a
+fifth less to deliver than for groups of 256.
 
 The tokens' tile is loaded into registers once a stage: shared memory delivers 128 bytes a clock, and 32 outputs with
 both operands there would take half as long again as the product. Every weight tile has its own place in a stage, so
@@ -40,24 +44,26 @@ from tetris.kernels.hopper.epilogue_device import activate
 PRODUCERS: gl.constexpr = gl.constexpr(3)
 """Producer warps; one would spend longer on issuing a stage's copies than the products take."""
 TILE_M: gl.constexpr = gl.constexpr(128)
-TILE_O: gl.constexpr = gl.constexpr(256)
+GROUP_FIELDS: gl.constexpr = gl.constexpr(5)
+MASK_BITS: gl.constexpr = gl.constexpr(24)
+"""Of a stage's mask, below the number of the first warp group's weight tiles."""
 COUNT_BITS: gl.constexpr = gl.constexpr(5)
-"""Of the number of weight tiles in a stage, 16 at most."""
+"""Of the number of weight tiles in a stage, 24 at most."""
 
 
 @gluon.jit
 def _producer(
     x_desc, w_desc, groups, entries, program_ptr, tasks, n_groups, xbuf, wbuf, full, empty,
-    WHO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+    WHO: gl.constexpr, PLACES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fills every PRODUCERS-th stage of the ring: 64 inputs of TILE_M tokens and the kept weight tiles."""
     ITEM: gl.constexpr = xbuf.dtype.primitive_bitwidth // 8
     W_BYTES: gl.constexpr = wbuf.shape[1] * 64 * ITEM
-    WIDTH: gl.constexpr = 3 + SLOTS
+    WIDTH: gl.constexpr = 3 + PLACES
     before = 0  # stages of the tasks before
     for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
         task = gl.load(tasks + position)
-        group = groups + (task % n_groups) * 2
+        group = groups + (task % n_groups) * GROUP_FIELDS
         token = (task // n_groups) * TILE_M
         first = entries + gl.load(group) * WIDTH
         n_stages = gl.load(group + 1)
@@ -74,20 +80,21 @@ def _producer(
                 mbarrier.arrive(bar, count=1, pred=(count >> bit) & 1 == 0)
             tma.async_copy_global_to_shared(x_desc, [token, k], bar, xbuf.index(st))
             for j in range(count):
-                tile = gl.load(entry + 3 + j)
-                slot = wbuf.index(st * SLOTS + tile % SLOTS)
-                tma.async_copy_global_to_shared(w_desc, [tile // SLOTS, 0], bar, slot)
+                tma.async_copy_global_to_shared(w_desc, [gl.load(entry + 3 + j), 0], bar, wbuf.index(st * PLACES + j))
         before += n_stages
 
 
 @gluon.jit
-def _multiply(sums, x, wbuf, first, mask, WG: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr):
+def _multiply(
+    sums, x, wbuf, place, mask, WG: gl.constexpr, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
+):  # fmt: skip
     """sums[2 s + m] + x_m W_s^T over the weight tiles that ``mask`` names; done on return.
 
     ``sums``: [64, N] per strip s of the warp group and half m of the tokens; ``first``: the stage's first weight tile.
     """
     BITS: gl.constexpr = x.dtype.primitive_bitwidth
     STEP: gl.constexpr = min(TILE_K, 32)  # more inputs of the tokens do not fit into the registers
+    EACH: gl.constexpr = TILE_O > 256  # the tokens of a second step would not fit into the registers
     STRIPS: gl.constexpr = TILE_O // N
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
@@ -95,19 +102,26 @@ def _multiply(sums, x, wbuf, first, mask, WG: gl.constexpr, N: gl.constexpr, TIL
     for k in gl.static_range(0, 64, STEP):
         left = x.slice(k, STEP, dim=1)
         upper, lower = left.slice(0, 64, dim=0).load(LEFT), left.slice(64, 64, dim=0).load(LEFT)
+        if k % TILE_K == 0:
+            first = place
+        else:
+            place = first
         results = ()
         for s in gl.static_range(STRIPS // 2):
-            above = warpgroup_mma_init(sums[2 * s]) if k == 0 else sums[2 * s]
-            below = warpgroup_mma_init(sums[2 * s + 1]) if k == 0 else sums[2 * s + 1]
-            bit = k // TILE_K * STRIPS + WG * (STRIPS // 2) + s
+            above = warpgroup_mma_init(sums[2 * s]) if EACH or k == 0 else sums[2 * s]
+            below = warpgroup_mma_init(sums[2 * s + 1]) if EACH or k == 0 else sums[2 * s + 1]
+            bit = (WG * (64 // TILE_K) + k // TILE_K) * (STRIPS // 2) + s
             if mask & (1 << bit) != 0:
-                right = wbuf.index(first + bit)._reinterpret(x.dtype, [N, TILE_K], RIGHT)
+                right = wbuf.index(place)._reinterpret(x.dtype, [N, TILE_K], RIGHT)
                 right = right.slice(k % TILE_K, STEP, dim=1).permute((1, 0))
                 above = warpgroup_mma(upper, right, above, is_async=True)
                 below = warpgroup_mma(lower, right, below, is_async=True)
+                place += 1
             results = results + (above, below)  # type: ignore[assignment]  # noqa: RUF005
         sums = results
-    return warpgroup_mma_wait(0, deps=sums)
+        if EACH or k == 64 - STEP:
+            sums = warpgroup_mma_wait(0, deps=sums)
+    return sums
 
 
 @gluon.jit
@@ -133,25 +147,57 @@ def _output_tile(sums, c: gl.constexpr, m: gl.constexpr, N: gl.constexpr, TILE_K
 
 
 @gluon.jit
-def _consumer(
-    y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
-    WG: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+def _store(
+    sums, y_desc, r_desc, bias, token, feature, n_out, ybuf, rbar, residual_phase,
+    c: gl.constexpr, WG: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Half of the outputs of every task: multiply what every stage keeps, release the stage, store the sums."""
-    WIDTH: gl.constexpr = 3 + SLOTS
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    """Finish and store 64 outputs of TILE_M tokens, the sums' c-th; returns the residual barrier's next parity."""
     TILE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     N_16: gl.constexpr = 18 if TILE_K == 16 else 16  # where bit 4 of n is set, bit 1 is flipped
     OUTPUT: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [0, N_16], [0, 32], [1, 8], [2, N_16], [4, 32], [8, 0], [16, 0], [32, 0]],
         alignment=1024,
     )
+    DTYPE: gl.constexpr = ybuf.dtype
+    tma.store_wait(0)  # the tiles before have left the output buffer
+    if HAS_RESIDUAL:
+        mbarrier.expect(rbar.index(WG), TILE_M * 64 * DTYPE.primitive_bitwidth // 8)
+        for m in gl.static_range(2):
+            tma.async_copy_global_to_shared(r_desc, [token + 64 * m, feature], rbar.index(WG), ybuf.index(2 * WG + m))
+        mbarrier.wait(rbar.index(WG), residual_phase)
+        residual_phase ^= 1
+    for m in gl.static_range(2):
+        v = _output_tile(sums, c, m, N, TILE_K, TILE)
+        slot = ybuf.index(2 * WG + m)._reinterpret(DTYPE, [64, 64], OUTPUT)
+        if HAS_BIAS:  # one load a thread: the addresses of all would not fit into the registers
+            n = gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
+            out = feature + (n ^ ((n >> 3) & (2 if TILE_K == 16 else 0)))
+            b = gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)
+            v += gl.convert_layout(b, gl.SliceLayout(0, TILE))[None, :]
+        if HAS_RESIDUAL:
+            v += slot.load(TILE).to(gl.float32)
+        slot.store(activate(v, ACTIVATION).to(DTYPE))
+    fence_async_shared()
+    for m in gl.static_range(2):
+        tma.async_copy_shared_to_global(y_desc, [token + 64 * m, feature], ybuf.index(2 * WG + m))
+    return residual_phase
+
+
+@gluon.jit
+def _consumer(
+    y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
+    WG: gl.constexpr, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, PLACES: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """Half of the outputs of every task: multiply what every stage keeps, release the stage, store the sums."""
+    WIDTH: gl.constexpr = 3 + PLACES
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     it = 0
     residual_phase = 0
     for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
         task = gl.load(tasks + position)
-        group = groups + (task % n_groups) * 2
+        group = groups + (task % n_groups) * GROUP_FIELDS
         token = (task // n_groups) * TILE_M
         entry = entries + gl.load(group) * WIDTH
         mask = gl.load(entry + 2)
@@ -163,48 +209,34 @@ def _consumer(
             next_mask = gl.load(entry + 2)  # of the stage after this one: its latency passes behind the products
             st = it % STAGES
             mbarrier.wait(full.index(st), (it // STAGES) & 1)
-            sums = _multiply(sums, xbuf.index(st), wbuf, st * SLOTS, mask, WG, N, TILE_K)
+            place = st * PLACES + (mask >> MASK_BITS if WG == 1 else 0)
+            sums = _multiply(sums, xbuf.index(st), wbuf, place, mask, WG, TILE_O, N, TILE_K)
             mbarrier.arrive(empty.index(st))
             mask = next_mask
             it += 1
 
+        begin = gl.load(group + 2 + WG)
+        end = gl.load(group + 3 + WG)
         for c in gl.static_range(TILE_O // 128):
-            feature = (task % n_groups) * TILE_O + WG * (TILE_O // 2) + 64 * c
-            tma.store_wait(0)  # the tiles before have left the output buffer
-            if HAS_RESIDUAL:
-                mbarrier.expect(rbar.index(WG), TILE_M * 64 * xbuf.dtype.primitive_bitwidth // 8)
-                for m in gl.static_range(2):
-                    slot = ybuf.index(2 * WG + m)
-                    tma.async_copy_global_to_shared(r_desc, [token + 64 * m, feature], rbar.index(WG), slot)
-                mbarrier.wait(rbar.index(WG), residual_phase)
-                residual_phase ^= 1
-            for m in gl.static_range(2):
-                v = _output_tile(sums, c, m, N, TILE_K, TILE)
-                slot = ybuf.index(2 * WG + m)._reinterpret(xbuf.dtype, [64, 64], OUTPUT)
-                if HAS_BIAS:  # one load a thread: the addresses of all would not fit into the registers
-                    n = gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
-                    out = feature + (n ^ ((n >> 3) & (2 if TILE_K == 16 else 0)))
-                    b = gl.load(bias + out, mask=out < n_out, other=0.0).to(gl.float32)
-                    v += gl.convert_layout(b, gl.SliceLayout(0, TILE))[None, :]
-                if HAS_RESIDUAL:
-                    v += slot.load(TILE).to(gl.float32)
-                slot.store(activate(v, ACTIVATION).to(xbuf.dtype))
-            fence_async_shared()
-            for m in gl.static_range(2):
-                tma.async_copy_shared_to_global(y_desc, [token + 64 * m, feature], ybuf.index(2 * WG + m))
+            feature = begin + 64 * c
+            if feature < end:
+                residual_phase = _store(
+                    sums, y_desc, r_desc, bias, token, feature, n_out, ybuf, rbar, residual_phase,
+                    c, WG, N, TILE_K, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def narrow_block_sparse_linear_kernel(
     x_desc, w_desc, y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out,
-    N: gl.constexpr, TILE_K: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+    TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, PLACES: gl.constexpr, STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Entry point; see the module's docstring."""
     DTYPE: gl.constexpr = x_desc.dtype
     xbuf = gl.allocate_shared_memory(DTYPE, [STAGES, TILE_M, 64], x_desc.layout)
-    wbuf = gl.allocate_shared_memory(DTYPE, [STAGES * SLOTS, N * TILE_K // 64, 64], w_desc.layout)
+    wbuf = gl.allocate_shared_memory(DTYPE, [STAGES * PLACES, N * TILE_K // 64, 64], w_desc.layout)
     ybuf = gl.allocate_shared_memory(DTYPE, [4, 64, 64], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -218,15 +250,15 @@ def narrow_block_sparse_linear_kernel(
     gl.warp_specialize(
         [
             (_consumer, (y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf,
-                         full, empty, rbar, 0, N, TILE_K, SLOTS, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
+                         full, empty, rbar, 0, TILE_O, N, TILE_K, PLACES, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
             (_consumer, (y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf,
-                         full, empty, rbar, 1, N, TILE_K, SLOTS, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
+                         full, empty, rbar, 1, TILE_O, N, TILE_K, PLACES, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
             (_producer, (x_desc, w_desc, groups, entries, program_ptr, tasks, n_groups, xbuf, wbuf, full, empty,
-                         0, SLOTS, STAGES)),
+                         0, PLACES, STAGES)),
             (_producer, (x_desc, w_desc, groups, entries, program_ptr, tasks, n_groups, xbuf, wbuf, full, empty,
-                         1, SLOTS, STAGES)),
+                         1, PLACES, STAGES)),
             (_producer, (x_desc, w_desc, groups, entries, program_ptr, tasks, n_groups, xbuf, wbuf, full, empty,
-                         2, SLOTS, STAGES)),
+                         2, PLACES, STAGES)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],

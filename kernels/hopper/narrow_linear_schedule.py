@@ -1,6 +1,7 @@
 """The offline schedule of the Hopper linear layer for narrow blocks: groups of strips, their stages, and who does what.
 
-1. *strips*: block rows, or 64 or 128 outputs of taller ones; 256 neighbouring outputs form a *group*;
+1. *strips*: block rows, or 64 or 128 outputs of taller ones; up to 256 or 384 neighbouring outputs form a *group*, as
+   many groups as give the programs even work;
 2. the *stages* of a group: per 64 inputs that any of its strips keeps, the kept weight tiles;
 3. the *tasks*, one per (128 tokens, group), dealt to the programs in the order of the tokens (see ``schedule``).
 """
@@ -17,26 +18,65 @@ from tetris.kernels.hopper.schedule import Schedule, make_schedule
 from tetris.layout import ceil_div
 
 TILE_TOKENS = 128
-TILE_OUT = 256
+TILE_OUT = (256, 384)
+"""Outputs of a group at most: what the registers of two warp groups hold, with room to spare or just."""
+OUT_STEP = 64
+"""Outputs that are stored together."""
+MASK_BITS = 24
+"""Of a stage's mask, one for each weight tile that there could be."""
 LINE = 64
 """Weights that are fetched side by side: 128 bytes."""
 ITEM_SIZE = 2
 
+SHARED_BYTES, BARRIER_BYTES = 232448, 512
+RING_BYTES = SHARED_BYTES - BARRIER_BYTES - 4 * 64 * 64 * ITEM_SIZE
+"""Beside the output tiles: two of 64 x 64 for each of two warp groups."""
+SHALLOW = {6: 0.92, 5: 0.95, 4: 1.0, 3: 1.15}
+"""Stages of the ring, and what products take longer for it: 3 and 4 measured (H200, 32 x 32: 279 and 244 us)."""
 BRANCH_CLOCKS = 5
 """For every weight tile that a stage could hold. With the bytes below: 3 % from both times measured on an H200 (8192 x
 4096 -> 4096, 27 % kept at random: 32 x 32 blocks 247 us, 128 x 16 blocks 209 us)."""
 FIXED_CLOCKS = 2000
 """A task's prologue and epilogue."""
+MORE_GROUPS = 4
+"""Than need be, at most, for even work."""
 
 
-def strip_outputs(block_out: int) -> int:
-    """Outputs of a strip."""
-    return next(n for n in (128, 64, 32) if block_out % n == 0)
+def strip_outputs(block_out: int, tile_out: int = TILE_OUT[0]) -> int:
+    """Outputs of a strip: each of two warp groups takes half of a group's ``tile_out``."""
+    return next(n for n in (128, 64, 32) if block_out % n == 0 and tile_out // 2 % n == 0)
 
 
-def stage_slots(block: tuple[int, int]) -> int:
-    """Weight tiles in a stage when all are kept."""
-    return TILE_OUT // strip_outputs(block[0]) * (STAGE_K // block[1])
+@dataclass(frozen=True)
+class Ring:
+    """Shared memory's stages.
+
+    Attributes:
+        stages: of the ring; places: for weight tiles in one, all that a stage may keep or fewer.
+        tiles: weight tiles that a stage could keep; tile_bytes: of one of them.
+    """
+
+    stages: int
+    places: int
+    tiles: int
+    tile_bytes: int
+
+
+def rings(block: tuple[int, int], tile_out: int) -> list[Ring]:
+    """The deepest ring first. Few places make it deep; a stage that keeps more tiles than that is cut in two."""
+    outputs = strip_outputs(block[0], tile_out)
+    tiles, tile_bytes = tile_out // outputs * (STAGE_K // block[1]), outputs * block[1] * ITEM_SIZE
+    found = []
+    for stages in SHALLOW:
+        places = min(tiles, (RING_BYTES // stages - TILE_TOKENS * STAGE_K * ITEM_SIZE) // tile_bytes)
+        if places > 0:
+            found.append(Ring(stages, places, tiles, tile_bytes))
+    return found
+
+
+def ring_stages(places: int, tile_bytes: int) -> int:
+    """Stages of the ring with that many places in each."""
+    return min(max(SHALLOW), RING_BYTES // (TILE_TOKENS * STAGE_K * ITEM_SIZE + places * tile_bytes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +84,14 @@ class NarrowSchedule:
     """What the device code walks through; all int32 tensors on one device.
 
     Attributes:
-        groups: [n_groups, 2]: first entry and number of stages.
-        entries: [n_stages + 1, 3 + slots]: per stage its first input feature; the number of kept weight tiles; their
-            mask (bit = slot = ``input tile of the stage * strips of a group + strip``); for each of them
-            ``slots * first row in values.view(-1, 64) + slot``. The last is empty.
+        groups: [n_groups, 5]: first entry, number of stages, first output of the group and of its second warp group's
+            share, and one past its last.
+        entries: [n_stages + 1, 3 + places]: per stage its first input feature; the number of kept weight tiles; their
+            mask (bit = ``(warp group * input tiles of a stage + input tile) * strips of a warp group + strip``; from
+            bit 24 on the number of the first warp group's); the first row in ``values.view(-1, 64)`` of each, in the
+            order of the bits. The last is empty.
         tasks: token tile * n_groups + group, dealt to the programs.
-        clocks: estimate for the tasks of one token tile together.
+        clocks: estimate of when the busiest program ends.
     """
 
     groups: torch.Tensor
@@ -63,17 +105,61 @@ class NarrowSchedule:
         return [self.groups, self.entries, self.tasks.program_ptr, self.tasks.order]
 
 
-def _tiles(indptr: np.ndarray, indices: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+def _tiles(indptr: np.ndarray, indices: np.ndarray, block: tuple[int, int], outputs: int) -> np.ndarray:
     """[n_tiles, 3] int64: strip, input tile and first row in ``values.view(-1, 64)`` of every kept weight tile."""
-    outputs = strip_outputs(block[0])
     parts, lines = block[0] // outputs, outputs * block[1] // LINE
     row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
     blocks = np.stack([row * parts, indices, np.arange(len(indices)) * parts * lines], axis=1)
     return (blocks[:, None] + np.arange(parts)[None, :, None] * np.array([1, 0, lines])).reshape(-1, 3)
 
 
+def _rank(group: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """How many before each belong to the same group and stage, which are sorted."""
+    new = np.r_[True, (np.diff(group) != 0) | (np.diff(stage) != 0)]
+    return np.arange(len(new)) - np.flatnonzero(new)[new.cumsum() - 1]
+
+
+def _shares(n_steps: int, n_groups: int) -> np.ndarray:
+    """[n_groups, 3]: first step of every group and of its second warp group, one past its last; as even as can be."""
+    bounds = np.arange(n_groups + 1) * n_steps // n_groups
+    return np.stack([bounds[:-1], (bounds[:-1] + bounds[1:] + 1) // 2, bounds[1:]], axis=1)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """One way to group the strips: shares in strips, the group of every kept tile, stages and clocks of each group."""
+
+    shares: np.ndarray
+    group: np.ndarray
+    ring: Ring
+    stages: np.ndarray
+    clocks: np.ndarray
+
+
+def _grouped(tiles: np.ndarray, shares: np.ndarray, block: tuple[int, int], ring: Ring) -> _Groups:
+    group = np.searchsorted(shares[:, 0], tiles[:, 0], side="right") - 1
+    stage = tiles[:, 1] * block[1] // STAGE_K
+    kept = np.zeros((len(shares), int(stage.max()) + 1), np.int64)
+    np.add.at(kept, (group, stage), 1)
+    stages = -(-kept // ring.places).sum(1)
+    size = stages * TILE_TOKENS * STAGE_K * ITEM_SIZE + kept.sum(1) * ring.tile_bytes
+    clocks = (size / BYTES_PER_CLOCK + stages * ring.tiles * BRANCH_CLOCKS) * SHALLOW[ring.stages]
+    return _Groups(shares, group, ring, stages, clocks)
+
+
+def _end(way: _Groups, tasks: Schedule, token_tiles: int) -> float:
+    """When the busiest program ends, in clocks."""
+    return tasks.makespan * token_tiles * float((way.clocks + FIXED_CLOCKS).sum()) / tasks.programs
+
+
 def make_narrow_schedule(
-    indptr: torch.Tensor, indices: torch.Tensor, *, block: tuple[int, int], tokens: int, n_programs: int
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    block: tuple[int, int],
+    tokens: int,
+    n_programs: int,
+    tile_out: int = TILE_OUT[0],
 ) -> NarrowSchedule:
     """The schedule of one layer for one number of tokens; pure; about 20 ms of host time.
 
@@ -82,31 +168,47 @@ def make_narrow_schedule(
         block: (BLOCK_OUT, BLOCK_IN): a multiple of 32 outputs, 16, 32 or 64 inputs; at least 1024 weights.
         tokens: rows of x.
         n_programs: persistent programs, the GPU's multiprocessors.
+        tile_out: outputs of a group at most, one of TILE_OUT.
     Returns:
         The schedule, on the device of ``indptr``.
     """
-    outputs, slots, per_stage = strip_outputs(block[0]), stage_slots(block), STAGE_K // block[1]
-    strips = TILE_OUT // outputs
-    tiles = _tiles(indptr.cpu().numpy(), indices.cpu().numpy().astype(np.int64), block)
-    group, stage = tiles[:, 0] // strips, tiles[:, 1] // per_stage
-    slot = tiles[:, 1] % per_stage * strips + tiles[:, 0] % strips
-    order = np.lexsort((slot, stage, group))
-    _, starts, counts = np.unique(np.stack([group, stage])[:, order], axis=1, return_index=True, return_counts=True)
-    entries = np.zeros((len(starts) + 1, 3 + slots), np.int64)
+    outputs, per_stage = strip_outputs(block[0], tile_out), STAGE_K // block[1]
+    tiles = _tiles(indptr.cpu().numpy(), indices.cpu().numpy().astype(np.int64), block, outputs)
+    step = max(1, OUT_STEP // outputs)
+    n_steps, token_tiles = ceil_div((len(indptr) - 1) * block[0], step * outputs), ceil_div(tokens, TILE_TOKENS)
+    least = ceil_div(n_steps * step * outputs, tile_out)
+    ways = [
+        _grouped(tiles, step * _shares(n_steps, n_groups), block, ring)
+        for n_groups in range(least, min(n_steps, least + MORE_GROUPS) + 1)
+        for ring in rings(block, tile_out)
+    ]
+
+    def dealt(way: _Groups, swaps: bool) -> Schedule:
+        costs = way.clocks.tolist()
+        return make_schedule(costs, token_tiles, n_programs, tile_cost=FIXED_CLOCKS, swaps=swaps)
+
+    made = min(ways, key=lambda way: _end(way, dealt(way, swaps=False), token_tiles))
+    tasks = dealt(made, swaps=True)
+    begin, middle, _ = made.shares[made.group].T
+    second = tiles[:, 0] >= middle
+    place = tiles[:, 0] - np.where(second, middle, begin)
+    stage = tiles[:, 1] // per_stage
+    bit = (second * per_stage + tiles[:, 1] % per_stage) * (made.ring.tiles // 2 // per_stage) + place
+    order = np.lexsort((bit, stage, made.group))
+    heads = np.stack([made.group, stage, _rank(made.group[order], stage[order])[order.argsort()] // made.ring.places])
+    _, starts, counts = np.unique(heads[:, order], axis=1, return_index=True, return_counts=True)
+    entries = np.zeros((len(starts) + 1, 3 + made.ring.places), np.int64)
     entries[:-1, 0], entries[:-1, 1] = stage[order][starts] * STAGE_K, counts
     which = np.repeat(np.arange(len(starts)), counts)
-    np.add.at(entries[:, 2], which, 1 << slot[order])
-    entries[which, 3 + np.arange(len(order)) - starts[which]] = (tiles[:, 2] * slots + slot)[order]
-    ends = np.bincount(group[order][starts]).cumsum()
-    stages = np.diff(ends, prepend=0)
-    weights = np.bincount(group) * outputs * block[1]
-    size = ITEM_SIZE * (stages * TILE_TOKENS * STAGE_K + weights)
-    clocks = size / BYTES_PER_CLOCK + stages * slots * BRANCH_CLOCKS
-    tasks = make_schedule(clocks.tolist(), ceil_div(tokens, TILE_TOKENS), n_programs, tile_cost=FIXED_CLOCKS)
+    np.add.at(entries[:, 2], which, 1 << bit[order])
+    np.add.at(entries[:, 2], which[~second[order]], 1 << MASK_BITS)
+    entries[which, 3 + np.arange(len(order)) - starts[which]] = tiles[order, 2]
+    ends = made.stages.cumsum()
+    groups = np.concatenate([np.stack([ends - made.stages, made.stages], axis=1), made.shares * outputs], axis=1)
     device = indptr.device
     return NarrowSchedule(
-        torch.tensor(np.stack([ends - stages, stages], axis=1), dtype=torch.int32, device=device),
+        torch.tensor(groups, dtype=torch.int32, device=device),
         torch.tensor(entries, dtype=torch.int32, device=device),
         tasks.to(device),
-        float(clocks.sum()),
+        _end(made, tasks, token_tiles),
     )

@@ -1,11 +1,12 @@
-"""Small launches of the Hopper kernels for compute-sanitizer, which slows a kernel down a thousandfold.
+"""Small launches of the Hopper kernels and of the search's for compute-sanitizer: it slows kernels a thousandfold.
 
     python -m tests.kernels.sanitizer_selection conv    # compiles
     compute-sanitizer --tool memcheck  python -m tests.kernels.sanitizer_selection conv
     compute-sanitizer --tool racecheck python -m tests.kernels.sanitizer_selection linear
+    compute-sanitizer --tool memcheck  python -m tests.kernels.sanitizer_selection search
 
-Programs run several tiles each on rings that wrap around, with and without an epilogue. Every result is compared with
-float64; the exit status is 1 if one is wrong.
+Hopper programs run several tiles each on rings that wrap around, with and without an epilogue. Every result is compared
+with float64, a search's with the CPU's; the exit status is 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ from itertools import product
 
 import torch
 
+from tests.kernels import search_selection
 from tests.kernels.hopper_conv_variants import VARIANTS, Variant
 from tests.support.operands import ConvCase, LinearCase, linear_operands
 from tetris import reference
-from tetris.kernels.configs import Conv2dProblem, LinearConfig
+from tetris.kernels.configs import LinearConfig, LinearProblem
+from tetris.kernels.hopper.narrow_linear_schedule import TILE_OUT
+from tetris.kernels.linear_paths import linear_launcher, linear_schedule
 from tetris.tolerances import relative_error, tolerance
 
 PROGRAMS = 3
 """Few, so that each of them walks several tiles."""
-CONV_VARIANTS = (2, 8, 15, 35)
-"""Of ``hopper_conv_variants``: tall tiles, pairs of rows with pooling, stride 2, permuted channels."""
+CONV_VARIANTS = {2: PROGRAMS, 8: PROGRAMS, 15: PROGRAMS, 35: PROGRAMS, 41: PROGRAMS, 46: 32}
+"""Of ``hopper_conv_variants``: tall tiles, pairs of rows with pooling, stride 2, permuted channels, rows without blocks
+and tiles cut into pieces."""
 LINEAR_BLOCKS = ((64, 64), (64, 16), (128, 32), (32, 32))
+NARROW_BLOCKS = ((32, 32), (128, 16))
 
 
-def conv_error(variant: Variant) -> float:
+def conv_error(variant: Variant, programs: int) -> float:
     """The relative error of one small launch."""
-    from tetris.kernels.hopper.conv2d import block_sparse_conv2d, conv2d_schedule
+    from tetris.kernels.hopper.conv2d import block_sparse_conv2d
 
     size = 4 * variant.stride[0] * 2
     case = ConvCase(
@@ -41,12 +47,7 @@ def conv_error(variant: Variant) -> float:
         variant.tile[0], size, size, 0.5, variant.activation, variant.extras,
     )  # fmt: skip
     operands = variant.operands(case, torch.device("cuda"))
-    names = ("kernel_size", "stride", "padding", "dilation")
-    problem = Conv2dProblem(
-        case.batch, case.c_in, case.c_out, size, size, block=case.block, dtype=variant.dtype,
-        n_blocks=len(operands["values"]), **{name: operands[name] for name in names},
-    )  # fmt: skip
-    schedule = conv2d_schedule(operands["indptr"], operands["indices"], problem, variant.config, PROGRAMS, "cuda")
+    schedule = variant.schedule(case, operands, programs)
     y = block_sparse_conv2d(
         **operands, allow_tf32=True, max_pool=variant.max_pool, config=variant.config, schedule=schedule
     )
@@ -54,31 +55,42 @@ def conv_error(variant: Variant) -> float:
     return relative_error(y, torch.nn.functional.max_pool2d(expected, 2) if variant.max_pool else expected)
 
 
-def linear_error(block: tuple[int, int], extras: tuple[str, ...]) -> float:
+def linear_error(block: tuple[int, int], extras: tuple[str, ...], config: LinearConfig) -> float:
     """The relative error of one small launch."""
-    from tetris.kernels.hopper.linear import block_sparse_linear
-    from tetris.kernels.hopper.linear_schedule import make_linear_schedule
-
-    case = LinearCase(512, 256, block, (300,), 0.5, "relu", extras)
+    case = LinearCase(448, 256, block, (300,), 0.5, "relu", extras)
     operands = linear_operands(case, torch.float16, torch.device("cuda"))
-    config = LinearConfig(kernel="hopper", tile_tokens=256)
-    schedule = make_linear_schedule(
-        operands["indptr"], operands["indices"], block=block, tokens=300, tile_tokens=256, n_programs=PROGRAMS
-    )
-    y = block_sparse_linear(**operands, config=config, schedule=schedule)
+    problem = LinearProblem(300, 256, 448, block, "float16", len(operands["values"]))
+    schedule = linear_schedule(problem, config, operands["indptr"], operands["indices"], PROGRAMS)
+    assert schedule is not None
+    y = linear_launcher(config.kernel)(**operands, config=config, schedule=schedule.tensors)
     return relative_error(y, reference.block_sparse_linear(**operands))
+
+
+def linear_kinds() -> list[tuple[tuple[int, int], tuple[str, ...], LinearConfig]]:
+    """Blocks, epilogues and kernels."""
+    wide = [LinearConfig(kernel="hopper", tile_tokens=256)]
+    narrow = [LinearConfig(kernel="narrow", tile_out=tile_out) for tile_out in TILE_OUT]
+    extras = ((), ("bias", "residual"))
+    return [*product(NARROW_BLOCKS, extras, narrow), *product(LINEAR_BLOCKS, extras, wide)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kernel", choices=("conv", "linear"))
+    parser.add_argument("kernel", choices=("conv", "linear", "search"))
     launches: list[tuple[str, str, Callable[[], float]]]
-    if parser.parse_args().kernel == "conv":
-        variants = [VARIANTS[i] for i in CONV_VARIANTS]
-        launches = [(str(variant), variant.dtype, partial(conv_error, variant)) for variant in variants]
+    kernel = parser.parse_args().kernel
+    if kernel == "conv":
+        launches = [
+            (str(VARIANTS[i]), VARIANTS[i].dtype, partial(conv_error, VARIANTS[i], programs))
+            for i, programs in CONV_VARIANTS.items()
+        ]
+    elif kernel == "search":
+        launches = [(name, "float32", run) for name, run in search_selection.launches()]
     else:
-        kinds = product(LINEAR_BLOCKS, ((), ("bias", "residual")))
-        launches = [(f"{kind}", "float16", partial(linear_error, *kind)) for kind in kinds]
+        launches = [
+            (f"{block} {extras} {config.to_key()}", "float16", partial(linear_error, block, extras, config))
+            for block, extras, config in linear_kinds()
+        ]
     wrong = 0
     for name, dtype, run in launches:
         error = run()

@@ -1,4 +1,4 @@
-"""The Hopper linear layer: what it takes, what the compilers make of it, and on a GPU its results."""
+"""The Hopper linear layer: what the compilers make of it, and on a GPU its results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,48 +16,12 @@ from tests.conftest import HAS_TRITON
 from tests.support.moats import nan_outputs
 from tests.support.operands import LinearCase, linear_operands
 from tetris import reference
-from tetris.errors import UnsupportedError
-from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem
-from tetris.kernels.hopper.linear import ring_stages, supports
+from tetris.kernels.configs import LinearConfig
+from tetris.kernels.hopper.linear import ring_stages
 from tetris.kernels.hopper.linear_schedule import make_linear_schedule
 from tetris.tolerances import relative_error, tolerance
 
 ROOT = Path(__file__).parents[2]
-H200 = DeviceInfo("NVIDIA H200", (9, 0), 132, "3.6.0")
-PROBLEM = LinearProblem(8192, 4096, 4096, (64, 64), "float16", 1106)
-CONFIG = LinearConfig(kernel="hopper", tile_tokens=256)
-
-
-@pytest.mark.parametrize("block", [(32, 32), (64, 16), (64, 64), (128, 16), (128, 128), (256, 64), (32, 16)])
-def test_supports_the_blocks_that_fill_strips(block):
-    assert supports(replace(PROBLEM, block=block), H200, CONFIG) is None
-
-
-@pytest.mark.parametrize(
-    ("problem", "device", "config", "reason"),
-    [
-        (PROBLEM, replace(H200, capability=(8, 0)), CONFIG, "capability"),
-        (PROBLEM, replace(H200, triton_version="3.5.1"), CONFIG, "Triton 3.6"),
-        (replace(PROBLEM, dtype="float32"), H200, CONFIG, "float16"),
-        (replace(PROBLEM, block=(16, 16)), H200, CONFIG, "outputs"),
-        (replace(PROBLEM, block=(96, 64)), H200, CONFIG, "outputs"),
-        (replace(PROBLEM, block=(64, 24)), H200, CONFIG, "inputs"),
-        (replace(PROBLEM, block=(64, 96)), H200, CONFIG, "inputs"),
-        (replace(PROBLEM, in_features=4100), H200, CONFIG, "multiples of 8"),
-        (PROBLEM, H200, replace(CONFIG, tile_tokens=64), "tile_tokens"),
-    ],
-)
-def test_says_why_it_does_not_support(problem, device, config, reason):
-    assert reason in (supports(problem, device, config) or "")
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-def test_refuses_permutations():
-    operands = linear_operands(LinearCase(block=(64, 64), extras=("input",)), torch.float16, torch.device("cpu"))
-    from tetris.kernels.hopper.linear import block_sparse_linear
-
-    with pytest.raises(UnsupportedError, match="permutations"):
-        block_sparse_linear(**operands, config=CONFIG)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -11,7 +11,8 @@ from tetris.kernels.hopper.narrow_linear_schedule import (
     TILE_TOKENS,
     NarrowSchedule,
     make_narrow_schedule,
-    stage_slots,
+    ring_stages,
+    rings,
     strip_outputs,
 )
 from tetris.layout import BlockLayout, ceil_div
@@ -26,59 +27,96 @@ def layout_of(shape: tuple[int, int], block: tuple[int, int], kept: float) -> Bl
     return BlockLayout.from_mask(mask, shape, block).without_empty_rows()
 
 
-def schedule_of(layout: BlockLayout, tokens: int = 300, n_programs: int = 5) -> NarrowSchedule:
-    return make_narrow_schedule(layout.indptr, layout.indices, block=layout.block, tokens=tokens, n_programs=n_programs)
+def schedule_of(layout: BlockLayout, tile_out: int, tokens: int = 300, n_programs: int = 5) -> NarrowSchedule:
+    return make_narrow_schedule(
+        layout.indptr,
+        layout.indices,
+        block=layout.block,
+        tokens=tokens,
+        n_programs=n_programs,
+        tile_out=tile_out,
+    )
 
 
-def replay(schedule: NarrowSchedule, layout: BlockLayout, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def replay(
+    schedule: NarrowSchedule, layout: BlockLayout, tile_out: int, values: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
     """Runs the schedule as the device code does; checks that every output is stored once."""
-    n, tile_k = strip_outputs(layout.block[0]), layout.block[1]
-    lines, slots, strips = values.reshape(-1, 64), stage_slots(layout.block), TILE_OUT // n
+    n, tile_k = strip_outputs(layout.block[0], tile_out), layout.block[1]
+    lines, strips, per_stage = values.reshape(-1, 64), tile_out // n // 2, STAGE_K // tile_k
     padded = torch.nn.functional.pad(x, (0, STAGE_K + tile_k, 0, TILE_TOKENS))
-    y = torch.full((len(padded), layout.shape[0] + 2 * TILE_OUT), torch.nan, dtype=x.dtype)
+    y = torch.full((len(padded), layout.shape[0] + 2 * tile_out), torch.nan, dtype=x.dtype)
     for task in schedule.tasks.order.tolist():
         token = task // len(schedule.groups) * TILE_TOKENS
         group = task % len(schedule.groups)
-        first, n_stages = schedule.groups[group].tolist()
-        sums = torch.zeros(TILE_TOKENS, TILE_OUT, dtype=x.dtype)
+        first, n_stages, begin, middle, end = schedule.groups[group].tolist()
+        sums = torch.zeros(TILE_TOKENS, tile_out, dtype=x.dtype)
         for k, count, mask, *tiles in schedule.entries[first : first + n_stages].tolist():
-            assert [tile % slots for tile in tiles[:count]] == [bit for bit in range(slots) if mask >> bit & 1]
-            for tile in tiles[:count]:
-                g, strip = divmod(tile % slots, strips)
+            bits = [bit for bit in range(24) if mask >> bit & 1]
+            assert len(bits) == count <= len(tiles) and bits[-1] < 2 * strips * per_stage
+            assert mask >> 24 == sum(bit < strips * per_stage for bit in bits), "where the second warp group begins"
+            for bit, row in zip(bits, tiles):
+                share, g, strip = bit // strips // per_stage, bit // strips % per_stage, bit % strips
                 inputs = padded[token : token + TILE_TOKENS, k + g * tile_k : k + (g + 1) * tile_k]
-                row = tile // slots
                 weight = lines[row : row + n * tile_k // 64].reshape(n, tile_k)
-                sums[:, strip * n : (strip + 1) * n] += inputs @ weight.T
-        target = y[token : token + TILE_TOKENS, group * TILE_OUT : (group + 1) * TILE_OUT]
-        assert target.isnan().all(), "stored twice"
-        target.copy_(sums)
+                column = share * tile_out // 2 + strip * n
+                sums[:, column : column + n] += inputs @ weight.T
+        for outputs, share in ((range(begin, middle), 0), (range(middle, end), tile_out // 2)):
+            assert len(outputs) <= tile_out // 2 and outputs.start % 64 == outputs.stop % 64 == 0
+            target = y[token : token + TILE_TOKENS, outputs.start : outputs.stop]
+            assert target.isnan().all(), "stored twice"
+            target.copy_(sums[:, share : share + len(outputs)])
     return y[: len(x), : layout.shape[0]]
 
 
+@pytest.mark.parametrize("tile_out", TILE_OUT)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("shape", [(384, 256), (200, 264), (64, 64), (1056, 512)])
-def test_replay_is_the_product(block: tuple[int, int], shape: tuple[int, int]) -> None:
+def test_replay_is_the_product(block: tuple[int, int], shape: tuple[int, int], tile_out: int) -> None:
     layout = layout_of(shape, block, 0.4)
     generator = torch.Generator().manual_seed(1)
     dense = torch.randn(shape, generator=generator, dtype=torch.float64)
     kept = layout.to_mask().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
     x = torch.randn(300, shape[1], generator=generator, dtype=torch.float64)
-    y = replay(schedule_of(layout), layout, pack(dense * kept, layout), x)
+    y = replay(schedule_of(layout, tile_out), layout, tile_out, pack(dense * kept, layout), x)
     torch.testing.assert_close(y, x @ (dense * kept).T)
 
 
-def test_stages_ascend_and_hold_every_kept_tile_once() -> None:
-    layout = layout_of((512, 1024), (64, 16), 0.1)
-    schedule = schedule_of(layout)
+@pytest.mark.parametrize("tile_out", TILE_OUT)
+@pytest.mark.parametrize("kept", [0.1, 0.3, 0.9])
+def test_stages_ascend_and_hold_every_kept_tile_once(tile_out: int, kept: float) -> None:
+    layout = layout_of((512, 1024), (64, 16), kept)
+    schedule = schedule_of(layout, tile_out)
     assert int(schedule.entries[:, 1].sum()) == layout.n_blocks and not schedule.entries[-1].any()
-    for first, n_stages in schedule.groups.tolist():
-        assert bool((schedule.entries[first : first + n_stages, 0].diff() > 0).all())
+    for first, n_stages, *_ in schedule.groups.tolist():
+        assert bool((schedule.entries[first : first + n_stages, 0].diff() >= 0).all())
 
 
-def test_every_task_runs_once_on_some_program() -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("tile_out", TILE_OUT)
+def test_fewer_places_make_a_deeper_ring(block: tuple[int, int], tile_out: int) -> None:
+    found = rings(block, tile_out)
+    assert [ring.stages for ring in found] == sorted((ring.stages for ring in found), reverse=True)
+    assert found[-1].places == found[-1].tiles, "at least one ring holds all that a stage may keep"
+    for ring in found:
+        assert ring_stages(ring.places, ring.tile_bytes) >= ring.stages >= 3
+
+
+def test_stages_that_keep_more_than_there_are_places_are_cut() -> None:
+    layout = layout_of((4096, 4096), (32, 32), 0.27)
+    schedule = schedule_of(layout, 384, tokens=8192, n_programs=132)
+    places = schedule.entries.shape[1] - 3
+    assert 6 < places < 24 and int(schedule.entries[:, 1].max()) == places
+    inputs = [schedule.entries[first : first + n, 0].tolist() for first, n, *_ in schedule.groups.tolist()]
+    assert len(schedule.entries) - 1 > sum(len(set(ks)) for ks in inputs), "some inputs are fetched twice"
+
+
+@pytest.mark.parametrize(("tile_out", "n_groups"), [(256, 16), (384, 12)])
+def test_every_task_runs_once_on_some_program_and_groups_make_the_work_even(tile_out: int, n_groups: int) -> None:
     layout = layout_of((4096, 512), (32, 32), 0.27)
-    schedule = schedule_of(layout, tokens=8192, n_programs=132)
-    assert sorted(schedule.tasks.order.tolist()) == list(range(64 * 16))
+    schedule = schedule_of(layout, tile_out, tokens=8192, n_programs=132)
+    assert len(schedule.groups) == n_groups, "11 groups of 384 would be 5.3 rounds of tasks, done in 6"
+    assert sorted(schedule.tasks.order.tolist()) == list(range(64 * n_groups))
     assert schedule.tasks.programs == 132 and schedule.tasks.makespan < 1.05
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import product
 
 import torch
 
@@ -14,7 +15,7 @@ from tests.support.compiler import compiling
 from tests.support.operands import LinearCase, linear_operands
 from tetris.kernels.configs import LinearConfig
 from tetris.kernels.hopper.narrow_linear import block_sparse_linear
-from tetris.kernels.hopper.narrow_linear_schedule import make_narrow_schedule
+from tetris.kernels.hopper.narrow_linear_schedule import TILE_OUT, make_narrow_schedule
 
 FUSED = {"extras": ("bias", "residual"), "activation": "gelu"}
 CASES = {
@@ -30,7 +31,7 @@ CASES = {
 def main() -> None:
     """Compile every case and print its facts."""
     facts = {}
-    for name, (case, dtype) in CASES.items():
+    for (name, (case, dtype)), tile_out in product(CASES.items(), TILE_OUT):
         operands = linear_operands(case, dtype, torch.device("cpu"))
         schedule = make_narrow_schedule(
             operands["indptr"],
@@ -38,11 +39,12 @@ def main() -> None:
             block=case.block,
             tokens=case.tokens[0],
             n_programs=132,
+            tile_out=tile_out,
         )
         with compiling(90) as results:
-            config = LinearConfig(kernel="narrow")
+            config = LinearConfig(kernel="narrow", tile_out=tile_out)
             block_sparse_linear(**operands, config=config, schedule=schedule.tensors)
-        facts[name] = dataclasses.asdict(results[0])
+        facts[f"{name} {tile_out}"] = dataclasses.asdict(results[0])
     print(json.dumps(facts))
 
 
