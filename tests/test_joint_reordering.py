@@ -134,3 +134,11 @@ def test_bad_input_is_named():
         reorder_jointly([JointProblem(one[0], (4, 4), 0.5, ("a", None))])
     with pytest.raises(TetrisError, match="groups"):
         reorder_jointly([JointProblem(one, (4, 4), 0.5, ("a", None))], start={"z": torch.arange(8)})
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1.0])
+def test_importances_are_finite_and_not_negative(bad):
+    matrix = importance((8, 8), 0)
+    matrix[3, 4] = bad
+    with pytest.raises(TetrisError, match="wanted finite importances >= 0"):
+        reorder_jointly([JointProblem(matrix, (4, 4), 0.5, ("a", "b"))])

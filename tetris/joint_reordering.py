@@ -6,6 +6,7 @@ permutation costs nothing at run time; its M-step values are the sums of the lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -141,7 +142,8 @@ def _block_problem(problem: JointProblem) -> BlockProblem:
     matrix = problem.importance.detach()
     if matrix.dim() != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
         raise ShapeError(f"reorder_jointly: wanted a float importance matrix [rows, columns]; got {describe(matrix)}")
-    if not torch.isfinite(matrix).all() or (matrix < 0).any():
+    least, most = (float(extreme) for extreme in torch.aminmax(matrix))  # one pass; NaN where there is one
+    if not 0 <= least <= most < math.inf:
         raise TetrisError(
             "reorder_jointly: wanted finite importances >= 0; got NaN, Inf or negative ones; pass weight.abs()"
         )
