@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes that compile; default: the processors but one")
     parser.add_argument(
-        "--compile-seconds", type=float, default=math.inf, help="leave out what is not compiled by then"
+        "--compile-seconds",
+        type=float,
+        default=math.inf,
+        help="leave out what is not compiled by then; not of a cold suite",
     )
     parser.add_argument("--cold", nargs="+", default=[], help="suites that are compiled, too, into an empty cache")
     parser.add_argument("--check", action="store_true", help="time the choices in a random layout, too")

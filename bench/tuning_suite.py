@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 import time
@@ -47,7 +48,9 @@ class SuiteSearch:
         wanted = wanted_of([(case, self.budget) for case in self.cases], self.args.device)
         layers_seconds = time.monotonic() - made_at
         with empty_cache() if cold else nullcontext():
-            extra = self.search(wanted, cold or self.args.stage == "both")
+            extra = self.search(
+                wanted, cold or self.args.stage == "both", math.inf if cold else self.args.compile_seconds
+            )
         extra |= {"layers_seconds": layers_seconds, "cache": "empty" if cold else "filled"}
         self.book.add([Row("tuning", self.suite, "search", extra=extra)])
         self.book.add(self.sums())
@@ -58,12 +61,12 @@ class SuiteSearch:
         parts = {name: [case for case in self.cases if case.suite == name] for name in names}
         return [row for name, cases in parts.items() for row in suite_rows(name, cases, self.book.rows)]
 
-    def search(self, wanted: list[Wanted], compiles: bool) -> dict[str, object]:
+    def search(self, wanted: list[Wanted], compiles: bool, compile_seconds: float) -> dict[str, object]:
         """Compile, where asked to, and measure; returns what that took."""
         started = time.monotonic()
         self.found = Search(wanted, device_info(self.args.device))
         if compiles:
-            self.found.compile(self.args.workers, self.args.compile_seconds)
+            self.found.compile(self.args.workers, compile_seconds)
             self.book.log(job_rows(self.found, started) if self.args.log else [])
         for item in wanted:
             tried = self.found.tried[item.key]
