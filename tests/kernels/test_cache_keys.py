@@ -13,7 +13,7 @@ REPORT = """
 import importlib, json, os
 from tetris.kernels.cache_keys import settle
 
-FILES = ("conv2d linear linear_decode linear_split permute stem_conv2d "
+FILES = ("conv2d linear linear_decode linear_split linear_vector permute stem_conv2d "
          "hopper.conv2d_device hopper.linear_device hopper.narrow_linear_device").split()
 modules = [importlib.import_module(f"tetris.kernels.{name}") for name in FILES]
 kernels = [value for module in modules for name, value in sorted(vars(module).items())
