@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ SHORT_BATCH = 8
 """Up to here a case runs with a cold L2, as its weights come from memory in practice."""
 
 
+@lru_cache(maxsize=256)
 def case_layout(case: Case, seed: int = 0) -> BlockLayout:
     """The case's layout on the CPU, empty block rows included: the Hopper kernel stores their epilogue only.
 
@@ -139,14 +141,17 @@ class Operands:
 def candidates(case: Case, most: int) -> list[Conv2dConfig]:
     """The likeliest configs of a case, the one that layers run first; 1x1 convolutions: of both kernels.
 
-    Three times as many where batches are short: there the model ranks tiles badly.
+    At short batches three times as many, of different tiles: there the model ranks them badly.
     """
-    most = 3 * most if case.layer.batch <= SHORT_BATCH and most > 1 else most
     problem, info = case_problem(case, case_layout(case).n_blocks), device_info("cuda")
     options = {"max_pool": case.pool, "allow_tf32": case.dtype == "float32"}
     chosen = choose_conv2d_config(problem, info, **options)
     other = [replace(chosen, tile_w=128 + 256 - chosen.tile_w)] if chosen.kernel == "hopper_linear" else []
-    return [*dict.fromkeys([chosen, *other, *ranked_configs(problem, info, **options)])][:most]
+    found = [*dict.fromkeys([chosen, *other, *ranked_configs(problem, info, **options)])]
+    if case.layer.batch <= SHORT_BATCH and most > 1:
+        shapes = {(config.tile_n, config.tile_h, config.tile_w): config for config in found[::-1]}
+        return [config for config in found if config in shapes.values()][: 3 * most]
+    return found[:most]
 
 
 def compile_one(job: tuple[Case, Conv2dConfig]) -> None:
@@ -188,15 +193,17 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def kernel_key(case: Case, config: Conv2dConfig) -> tuple[object, ...]:
-    """What the compiler sees of a launch of the convolution kernel: not the sizes; of the layout, where rows are empty
-    or, with few tiles, may be cut."""
+    """What the compiler sees of a launch of the convolution kernel: not the sizes; of the layout, whether there are
+    rows without blocks or cut into pieces."""
     if config.kernel != "hopper":
         return case, config
     problem, layout = case_problem(case, 1), case_layout(case)
     tile = complete_tile(problem, config, max_pool=case.pool)
-    few = math.prod(tile.tiles(problem.batch, *problem.output_size)) * problem.block_rows <= FEW_TILES * 132
-    fills = bool((layout.indptr.diff() == 0).any())
-    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0, fills, few and case
+    empty = bool((layout.indptr.diff() == 0).any())
+    cuts = False
+    if math.prod(tile.tiles(problem.batch, *problem.output_size)) * problem.block_rows <= FEW_TILES * 132:
+        cuts = len(conv2d_schedule(layout.indptr, layout.indices, problem, config, 132, "cpu").counters) > 0
+    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0, empty, cuts
 
 
 def compile_all(cases: Sequence[Case], most: int, more: Sequence[tuple[Case, Conv2dConfig]] = ()) -> None:
