@@ -69,7 +69,7 @@ def rings(block: tuple[int, int], tile_out: int) -> list[Ring]:
     found = []
     for stages in SHALLOW:
         places = min(tiles, (RING_BYTES // stages - TILE_TOKENS * STAGE_K * ITEM_SIZE) // tile_bytes)
-        if places > 0:
+        if places > (found[-1].places if found else 0):
             found.append(Ring(stages, places, tiles, tile_bytes))
     return found
 
