@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, next_power_of_two, padded_block
-from tetris.kernels.split_schedule import TURNS, SplitSchedule, make_split_schedule
+from tetris.kernels.split_schedule import SHARING_STAGES, TURNS, SplitSchedule, make_split_schedule, many_programs
 from tetris.kernels.vector_schedule import EVEN, VectorSchedule, make_vector_schedule, programs_at_once
 from tetris.layout import ceil_div
 
 DECODE_TOKENS = 16
 """Up to one matrix instruction's columns of tokens."""
-SPLIT_TILES, MOST_TILES = (16, 32, 64, 128), 8
-"""Tiles of tokens that are tried for a layout, and the most of them that a layer is cut into while it can help."""
+SPLIT_TILES, MOST_TILES = (64, 32, 128, 16), 8
+"""Tiles of tokens that are tried for a layout, of equals the first, and the most of them that are worth it."""
 
 
 def vector_configs(problem: LinearProblem) -> tuple[LinearConfig, LinearConfig]:
@@ -89,6 +89,19 @@ def split_config(problem: LinearProblem, device: DeviceInfo, tile_tokens: int = 
     )
 
 
+def few_enough_to_split(problem: LinearProblem, device: DeviceInfo) -> bool:
+    """Whether more than 16 tokens are faster with the split kernel than with that for many.
+
+    Where there are no more tiles of 64 x 128 than multiprocessors; up to 128 tokens even if there are (H200, reordered,
+    14336 -> 4096 21.6 against 26.0 us, 4096 -> 14336 18.8 against 21.7), and where rows are short, so that the many
+    warps of the other kernel are hardly started before it ends (512 tokens, 1024 -> 4096: 13.3 against 15.1).
+    """
+    if ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128) <= device.sm_count:
+        return True
+    short = problem.n_blocks * problem.block[1] <= 512 * problem.block_rows and problem.tokens <= 512
+    return problem.block[0] % 64 == 0 and (problem.tokens <= 128 or short)
+
+
 def fastest_split(
     problem: LinearProblem, device: DeviceInfo, indptr: torch.Tensor, indices: torch.Tensor
 ) -> tuple[LinearConfig, SplitSchedule]:
@@ -99,11 +112,14 @@ def fastest_split(
     Cost: up to four schedules, 5 to 50 ms of host time.
     """
     tokens = next_power_of_two(problem.tokens, 16)
-    least = min(tokens // MOST_TILES, SPLIT_TILES[-1])
+    least = min(tokens // MOST_TILES, max(SPLIT_TILES))
     tiles = [0] if problem.weight_dtype else [tile for tile in SPLIT_TILES if least <= tile <= tokens]
     configs = [split_config(problem, device, tile) for tile in tiles]
     made = [(config, split_schedule(problem, config, indptr, indices, device.sm_count)) for config in configs]
-    return min(made, key=lambda choice: choice[1].clocks)
+    config, schedule = min(made, key=lambda choice: choice[1].clocks)
+    if many_programs(len(schedule.parts) * ceil_div(problem.tokens, config.tile_tokens), device.sm_count):
+        config = replace(config, num_stages=min(config.num_stages, SHARING_STAGES))
+    return config, schedule
 
 
 def split_schedule(

@@ -23,6 +23,7 @@ from tetris.kernels.few_tokens import (
     DECODE_TOKENS,
     cutting_pays,
     decode_config,
+    few_enough_to_split,
     split_config,
     split_schedule,
     vector_config,
@@ -106,8 +107,7 @@ def choose_linear_config(
         return vector_config(problem, device)
     if problem.tokens <= DECODE_TOKENS:
         return split if splits and cutting_pays(problem, longest_row) else decode_config(problem, device)
-    tiles = ceil_div(problem.out_features, 64) * ceil_div(problem.tokens, 128)
-    if splits and (tiles <= device.sm_count or (problem.tokens <= 128 and problem.block[0] % 64 == 0)):
+    if splits and few_enough_to_split(problem, device):
         return split
     config = hopper_config(problem, device)
     if not permuted and hopper_supports(problem, device, config) is None:

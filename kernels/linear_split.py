@@ -21,7 +21,7 @@ from tetris.kernels.configs import LinearConfig
 from tetris.kernels.descriptors import describable_rows, describe
 from tetris.kernels.epilogue import add_bias, scale_rows, store_rows
 from tetris.kernels.recording import launch
-from tetris.kernels.split_schedule import HEAD_FIELDS, MERGE_STAGES, PAST, TURNS, make_split_schedule
+from tetris.kernels.split_schedule import HEAD_FIELDS, PAST, TURNS, make_split_schedule, merge_stages
 from tetris.kernels.widen import widen
 from tetris.layout import ceil_div
 
@@ -177,7 +177,7 @@ def block_sparse_linear(
         ACTIVATION=activation,
         PRECISION="tf32" if allow_tf32 else config.precision,
         STAGES=config.num_stages,
-        MERGE_STAGES=MERGE_STAGES,
+        MERGE_STAGES=merge_stages(config.tile_tokens, config.tile_out),
         num_warps=config.num_warps,
     )
     return output

@@ -18,8 +18,8 @@ from tetris.layout import ceil_div
 HEAD_FIELDS = 8
 PAST = 1 << 30
 """A first feature past the end of any matrix: TMA reads zeros there."""
-MERGE_STAGES = 5
-"""Of the pipeline through which the last part of a row reads the others' sums: four of them at a time."""
+MERGED_BYTES = 98304
+"""Of the other parts' sums that the last part of a row has on their way: four tiles of 16 kB, three of 32 kB."""
 BYTES_PER_CLOCK = 37
 """What the L2 cache delivers to one of an H200's multiprocessors while all of them fetch."""
 MERGE_BYTES_PER_CLOCK = 64
@@ -28,6 +28,10 @@ FIXED_CLOCKS, SYNCHRONISE_CLOCKS = 2000, 1500
 """A part's first loads and epilogue; the fence, the counter and the first of the other parts' sums."""
 SHARED_BYTES = 227 << 10
 """Of an H200's multiprocessor, for all its programs."""
+SHARING_STAGES = 7
+"""Of the pipeline where there are many programs: two of the largest tiles share a multiprocessor, none of which waits
+for a whole other one to end (H200, 128 tokens, 4096 -> 14336, random: 18.1 us against 19.6 with ten, by the portable
+kernel, which differs in little else)."""
 TURNS = (1, 2, 3)
 """Programs of a multiprocessor for which rows are cut; the cut that is estimated to end first is taken."""
 
@@ -46,15 +50,15 @@ class Clocks:
         cut: where any row is cut; mix_rate: bytes a clock and multiprocessor of all cut parts' sums.
     """
 
-    launch: float = 5661.0
-    prologue: float = 6059.0
+    launch: float = 5269.0
+    prologue: float = 6038.0
     step: float = 477.0
-    arrive: float = 1798.0
-    merge_rate: float = 34.2
-    rate: float = 39.2
-    task: float = 381.0
-    cut: float = 1810.0
-    mix_rate: float = 30.0
+    arrive: float = 1811.0
+    merge_rate: float = 31.7
+    rate: float = 61.1
+    task: float = 415.0
+    cut: float = 3904.0
+    mix_rate: float = 6.5
 
     def of_launch(
         self,
@@ -87,9 +91,14 @@ class Clocks:
         return self.launch + max(makespan(alone, sm_count * resident), fetching)
 
 
-def resident_programs(tile_tokens: int, tile_out: int) -> int:
-    """Programs that a multiprocessor holds at the same time, by the shared memory of ten stages: five tiles each."""
-    return max(1, SHARED_BYTES // (5 * (tile_tokens + tile_out) * 128))
+def many_programs(programs: int, sm_count: int) -> bool:
+    """Whether so many that a multiprocessor should hold several: then they have :data:`SHARING_STAGES`."""
+    return programs > 1.5 * sm_count
+
+
+def resident_programs(tile_tokens: int, tile_out: int, stages: int) -> int:
+    """Programs that a multiprocessor holds at the same time, by their shared memory: two stages make one buffer."""
+    return max(1, SHARED_BYTES // (stages // 2 * (tile_tokens + tile_out) * 128 + 1024))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +142,11 @@ def supports(problem: LinearProblem, device: DeviceInfo, config: LinearConfig) -
     return None
 
 
+def merge_stages(tile_tokens: int, tile_out: int) -> int:
+    """Stages of the pipeline through which the last part of a row reads the others' sums."""
+    return min(5, MERGED_BYTES // (tile_tokens * tile_out * 4) + 1)
+
+
 def make_split_schedule(
     indptr: torch.Tensor,
     indices: torch.Tensor,
@@ -167,9 +181,13 @@ def make_split_schedule(
     costs = PartCosts(FIXED_CLOCKS, SYNCHRONISE_CLOCKS, sums_bytes / MERGE_BYTES_PER_CLOCK)
     row_costs = [tile_bytes / BYTES_PER_CLOCK * count for count in counts]
     copies = slices * tiles
-    cuts = [choose_parts(row_costs, counts, copies, turn * n_programs, costs) for turn in turns]
-    resident = resident_programs(tile_tokens, tile_out)
-    clocks = [Clocks().of_launch(counts, n, copies, tile_bytes, sums_bytes, n_programs, resident) for n in cuts]
+    cuts = [[1] * len(counts), *(choose_parts(row_costs, counts, copies, turn * n_programs, costs) for turn in turns)]
+    stages = [SHARING_STAGES if many_programs(sum(parts) * copies, n_programs) else 10 for parts in cuts]
+    resident = [resident_programs(tile_tokens, tile_out, each) for each in stages]
+    clocks = [
+        Clocks().of_launch(counts, parts, copies, tile_bytes, sums_bytes, n_programs, each)
+        for parts, each in zip(cuts, resident)
+    ]
     n_parts = cuts[clocks.index(min(clocks))]
     records = []
     place = 0
