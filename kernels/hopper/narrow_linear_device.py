@@ -11,12 +11,12 @@ waited for once, at the end of the stage. A branch costs as much as a product of
 takes all tokens for half of the strips rather than half of the tokens for all.
 
 With 384 outputs the sums fill three quarters of all registers there are, and a stage's products are waited for after
-every 32 inputs, because the tokens of the next 32 only then find room; the L2 cache, which bounds these products, has a
-fifth less to deliver than for groups of 256.
+every 32 inputs, because the tokens of the next 32 only then find room.
 
 The tokens' tile is loaded into registers once a stage: shared memory delivers 128 bytes a clock, and 32 outputs with
-both operands there would take half as long again as the product. Every weight tile has its own place in a stage, so
-that a branch needs no arithmetic; most places stay empty.
+both operands there would take half as long again as the product. Weight tiles lie one behind the other in a stage, in
+the order of the mask's bits, those of the second warp group behind the first's; a stage has fewer places than there
+could be tiles, and the ring more stages for it, which hides more of what fetching takes.
 
 A weight tile is fetched as rows of 128 bytes, each of them 64 / TILE_K rows of the block side by side, because the copy
 engine takes as long for a shorter row. It stores the 16-byte pieces of row i in the order ``piece ^ i % 8``; read as
@@ -90,7 +90,7 @@ def _multiply(
 ):  # fmt: skip
     """sums[2 s + m] + x_m W_s^T over the weight tiles that ``mask`` names; done on return.
 
-    ``sums``: [64, N] per strip s of the warp group and half m of the tokens; ``first``: the stage's first weight tile.
+    ``sums``: [64, N] per strip s of the warp group and half m of the tokens; ``place``: its first weight tile's.
     """
     BITS: gl.constexpr = x.dtype.primitive_bitwidth
     STEP: gl.constexpr = min(TILE_K, 32)  # more inputs of the tokens do not fit into the registers
