@@ -57,10 +57,12 @@ def conv_error(variant: Variant, programs: int) -> float:
 
 def linear_error(block: tuple[int, int], extras: tuple[str, ...], config: LinearConfig) -> float:
     """The relative error of one small launch."""
-    case = LinearCase(448, 256, block, (300,), 0.5, "relu", extras)
+    few = {"vector": (1, 4096, 132), "split": (40, 4096, 132)}  # programs for which rows are cut
+    tokens, in_features, programs = few.get(config.kernel, (300, 256, PROGRAMS))
+    case = LinearCase(448, in_features, block, (tokens,), 0.5, "relu", extras)
     operands = linear_operands(case, torch.float16, torch.device("cuda"))
-    problem = LinearProblem(300, 256, 448, block, "float16", len(operands["values"]))
-    schedule = linear_schedule(problem, config, operands["indptr"], operands["indices"], PROGRAMS)
+    problem = LinearProblem(tokens, in_features, 448, block, "float16", len(operands["values"]))
+    schedule = linear_schedule(problem, config, operands["indptr"], operands["indices"], programs)
     assert schedule is not None
     y = linear_launcher(config.kernel)(**operands, config=config, schedule=schedule.tensors)
     return relative_error(y, reference.block_sparse_linear(**operands))
@@ -71,7 +73,10 @@ def linear_kinds() -> list[tuple[tuple[int, int], tuple[str, ...], LinearConfig]
     wide = [LinearConfig(kernel="hopper", tile_tokens=256)]
     narrow = [LinearConfig(kernel="narrow", tile_out=tile_out) for tile_out in TILE_OUT]
     extras = ((), ("bias", "residual"))
-    return [*product(NARROW_BLOCKS, extras, narrow), *product(LINEAR_BLOCKS, extras, wide)]
+    few = [LinearConfig(kernel="split", tile_tokens=tile, tile_out=64, tile_k=64) for tile in (16, 32)]
+    few += [LinearConfig(kernel="vector", tile_out=8, tile_k=64, num_warps=8, num_stages=1)]
+    kinds = ((NARROW_BLOCKS, narrow), (LINEAR_BLOCKS, wide), ([(64, 64)], few))
+    return [kind for blocks, configs in kinds for kind in product(blocks, extras, configs)]
 
 
 def main() -> int:
