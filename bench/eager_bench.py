@@ -70,7 +70,8 @@ CASES = (
     EagerCase("4096-4096, 2048 tokens", "hopper", (4096, 4096), 2048),
     EagerCase("4096-4096, 2048 tokens, 32x32", "narrow", (4096, 4096), 2048, block=(32, 32)),
     EagerCase("4096-4096, 64 tokens", "split", (4096, 4096), 64),
-    EagerCase("4096-4096, 1 token", "decode", (4096, 4096), 1),
+    EagerCase("4096-4096, 1 token", "vector", (4096, 4096), 1),
+    EagerCase("1024-1024, 8 tokens, fp32", "decode", (1024, 1024), 8, dtype=torch.float32),
     EagerCase("1024-1024, 256 tokens, fp32", "portable", (1024, 1024), 256, dtype=torch.float32),
     EagerCase("4096-4096, 64 tokens, permuted", "split", (4096, 4096), 64, permuted=True),
 )

@@ -109,7 +109,7 @@ def fastest_split(
 
     Small tiles balance better and have small sums to add, large ones read less. One-byte weights keep the usual tile.
 
-    Cost: up to four schedules, 5 to 50 ms of host time.
+    Cost: up to four schedules, 5 to 70 ms of host time.
     """
     tokens = next_power_of_two(problem.tokens, 16)
     least = min(tokens // MOST_TILES, max(SPLIT_TILES))

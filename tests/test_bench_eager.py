@@ -36,7 +36,7 @@ def test_layers_are_what_the_case_says() -> None:
         assert isinstance(ours, kinds[name]) and ours(x).shape == dense(x).shape and kernel_of(ours, x) == "cpu"
     assert ours.input_permutation is not None and ours.output_permutation is not None
     assert {case.kernel for case in CASES} == {
-        "hopper", "hopper_linear", "portable", "stem", "narrow", "split", "decode"
+        "hopper", "hopper_linear", "portable", "stem", "narrow", "split", "decode", "vector"
     }  # fmt: skip
 
 
