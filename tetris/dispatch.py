@@ -20,7 +20,7 @@ from tetris.kernels.configs import (
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.device import device_info
-from tetris.kernels.few_tokens import cutting_pays, fastest_split, fastest_vector
+from tetris.kernels.few_tokens import depends_on_layout, fastest_split, fastest_vector
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
 from tetris.kernels.hopper.linear_schedule import LinearSchedule
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
@@ -106,7 +106,7 @@ def linear_launch(
     device = device or device_info(indptr.device)
     longest_row = int(indptr.diff().max())
     config = LinearConfig.from_key(key) if key else shipped_linear_choice(problem, device) if shipped else None
-    if config is not None and config.kernel == "decode" and not key and cutting_pays(problem, longest_row):
+    if config is not None and not key and depends_on_layout(problem, config, longest_row):
         config = None  # tuned on another layout
     if config is None or linear_refuses(problem, device, config) is not None:
         config = choose_linear_config(problem, device, longest_row=longest_row)

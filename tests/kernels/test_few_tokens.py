@@ -8,8 +8,15 @@ import pytest
 
 from tests.support.fake_gpu import H200
 from tetris.bench.cases import random_layout, reordered_layout
-from tetris.kernels.configs import LinearProblem
-from tetris.kernels.few_tokens import fastest_split, fastest_vector, split_config, split_schedule, vector_config
+from tetris.kernels.configs import LinearConfig, LinearProblem
+from tetris.kernels.few_tokens import (
+    depends_on_layout,
+    fastest_split,
+    fastest_vector,
+    split_config,
+    split_schedule,
+    vector_config,
+)
 from tetris.kernels.linear_paths import linear_refuses
 from tetris.kernels.split_schedule import TURNS, Clocks, make_split_schedule
 from tetris.kernels.vector_schedule import programs_at_once
@@ -87,3 +94,10 @@ def test_one_token_without_a_layout():
     one = LinearProblem(1, 4096, 4096, (64, 64), "float16", 1106)
     assert vector_config(one, H200).num_warps == 8
     assert vector_config(replace(one, out_features=14336, n_blocks=3871), H200).num_warps == 4
+
+
+def test_choices_of_other_layouts_are_not_taken_where_the_layout_matters():
+    few = LinearProblem(8, 8192, 1024, (64, 64), "float16", 143, "int8")
+    decode = LinearConfig(kernel="decode")
+    assert depends_on_layout(few, split_config(few, H200), 9) and depends_on_layout(few, decode, 128)
+    assert not depends_on_layout(few, decode, 9) and not depends_on_layout(few, LinearConfig(), 128)
