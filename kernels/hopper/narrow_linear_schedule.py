@@ -31,11 +31,11 @@ ITEM_SIZE = 2
 SHARED_BYTES, BARRIER_BYTES = 232448, 512
 RING_BYTES = SHARED_BYTES - BARRIER_BYTES - 4 * 64 * 64 * ITEM_SIZE
 """Beside the output tiles: two of 64 x 64 for each of two warp groups."""
-SHALLOW = {6: 0.92, 5: 0.95, 4: 1.0, 3: 1.15}
-"""Stages of the ring, and what products take longer for it: 3 and 4 measured (H200, 32 x 32: 279 and 244 us)."""
-BRANCH_CLOCKS = 5
-"""For every weight tile that a stage could hold. With the bytes below: 3 % from both times measured on an H200 (8192 x
-4096 -> 4096, 27 % kept at random: 32 x 32 blocks 247 us, 128 x 16 blocks 209 us)."""
+SHALLOW = {6: 0.9, 5: 0.895, 4: 0.94, 3: 1.05}
+"""Stages of the ring, and what it costs to have no more (H200, 256 outputs, 32 x 32: 229, 228, 240, 279 us)."""
+BRANCH_CLOCKS = 9
+"""For every weight tile that a stage could hold. With the bytes below: which of 256 and 384 outputs is faster (H200,
+8192 x 4096 -> 4096, 27 % kept at random: 32 x 32 blocks 228 and 217 us, 128 x 16 blocks 196 and 206 us)."""
 FIXED_CLOCKS = 2000
 """A task's prologue and epilogue."""
 MORE_GROUPS = 4

@@ -93,6 +93,7 @@ def test_sparse_random_layouts_hardly_share_inputs(kept, expected):
     [
         ((32, 32), random_layout, 0.27, True),
         ((128, 16), random_layout, 0.27, True),
+        ((32, 32), random_layout, 0.5, True),
         ((32, 32), random_layout, 0.1, False),  # too few products for a stage's inputs
         ((64, 32), random_layout, 0.27, False),
         ((64, 64), random_layout, 0.27, False),
