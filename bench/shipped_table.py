@@ -1,62 +1,78 @@
-"""``python -m tetris.bench.shipped_table``: make the package's table of tuned choices from committed rows.
+"""``python -m tetris.bench.shipped_table``: make the package's table of tuned choices from the committed tuning rows.
 
-Two sources: the convolution and the linear bench, whose "tetris tuned" is the fastest of a few configurations and whose
-"tetris" is the default, timed in one run. Reordered layouts alone count: they are what the package makes. Where the
-default is as fast as the choice nothing is shipped, because it can look at the layout, and a table cannot.
+A choice ships where it beat the analytic default by more than the medians' spread in the layout from reordering that it
+was searched in, and was not slower in a random layout of the same size: a table knows sizes, not layouts. A layer of
+the suites that would take the choice of such a neighbour, and was measured to be as fast without, has its default in
+the table, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from tetris.bench import conv_cases, linear_cases
-from tetris.bench.conv_measure import case_problem
 from tetris.bench.readme import RESULTS
 from tetris.bench.rows import OK, Row, read_csv
-from tetris.kernels.configs import Conv2dConfig, LinearConfig, LinearProblem
-from tetris.layout import grid_shape
-from tetris.tuned_choices import TABLES, Config, Entry, Problem, write_entries
+from tetris.bench.tuning_cases import FULL, SUITES, TuningCase
+from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig, LinearProblem
+from tetris.kernels.few_tokens import depends_on_layout
+from tetris.tuned_choices import NEAR, TABLES, Config, Entry, nearest, write_entries
 
 GAIN = 0.02
-"""Of the default's time; less is within the spread of the benches' medians."""
+"""Of the default's time; less is within the spread of the medians."""
+SM_COUNT = 132
+CASES = [case for suite in FULL for case in SUITES[suite]]
 
 
-Case = conv_cases.Case | linear_cases.Case
-
-
-def problem_of(case: Case, kept: float) -> Problem:
-    """The problem of a bench's case, of which ``kept`` of the blocks were stored."""
-    if isinstance(case, conv_cases.Case):
-        rows, columns = grid_shape((case.layer.c_out, case.layer.c_in), case.block)
-        return case_problem(case, round(kept * rows * columns))
-    layer = case.layer
-    rows, columns = grid_shape((layer.out_features, layer.in_features), case.block)
-    n_blocks = round(kept * rows * columns)
-    return LinearProblem(layer.tokens, layer.in_features, layer.out_features, case.block, case.dtype, n_blocks)
-
-
-def entries(cases: Iterable[Case], rows: Iterable[Row]) -> Iterator[Entry]:
-    """The choices that beat the default; 16-bit only, because float32 depends on a setting of torch."""
-    timed = {(row.case, row.provider): row for row in rows if row.status == OK and row.extra.get("note")}
+def entries(cases: Iterable[TuningCase], rows: Iterable[Row]) -> list[Entry]:
+    """The choices that are worth shipping, and the defaults that they would displace."""
+    timed = {(row.case, row.provider): row for row in rows if row.status == OK}
+    winners, others = [], []
     for case in cases:
-        default, tuned = timed.get((case.name, "tetris")), timed.get((case.name, "tetris tuned"))
-        if default is None or tuned is None or case.layout != "reordered" or case.dtype == "float32":
+        default, tuned = timed.get((case.name, "analytic")), timed.get((case.name, "tuned"))
+        if default is None or tuned is None:
             continue
-        if tuned.median_us > (1 - GAIN) * default.median_us or tuned.extra["note"] == default.extra["note"]:
-            continue
-        kind: type[Config] = Conv2dConfig if isinstance(case, conv_cases.Case) else LinearConfig
-        triton = default.versions.split("triton ")[1].split(",")[0]
-        problem = problem_of(case, float(default.extra["kept"]))
-        config = kind.from_key(str(tuned.extra["note"]))
-        yield Entry(default.device, (9, 0), triton, problem, config, tuned.median_us, default.median_us)
+        if wins(default, tuned) and not looks_at_the_layout(entry := made(case, tuned, default)):
+            winners.append(entry)
+        else:
+            others.append(made(case, default, default))
+    return winners + [entry for entry in others if displaced(entry, winners)]
+
+
+def wins(default: Row, tuned: Row) -> bool:
+    """Whether a choice is faster in its own layout, and no slower in a random one."""
+    there = [float(row.extra.get("random_us", "nan")) for row in (tuned, default)]
+    return tuned.median_us <= (1 - GAIN) * default.median_us and there[0] <= there[1]
+
+
+def looks_at_the_layout(entry: Entry) -> bool:
+    """Whether a fresh layer decides itself, because the layout decides."""
+    if isinstance(entry.problem, LinearProblem) and isinstance(entry.config, LinearConfig):
+        return depends_on_layout(entry.problem, entry.config, 0)
+    return False
+
+
+def displaced(entry: Entry, winners: list[Entry]) -> bool:
+    """Whether a default's problem would take the different choice of a neighbour."""
+    device = DeviceInfo(entry.device, entry.capability, SM_COUNT, entry.triton)
+    found = nearest(winners, entry.problem, device, entry.max_pool, NEAR)
+    return found is not None and found.config != entry.config
+
+
+def made(case: TuningCase, chosen: Row, default: Row) -> Entry:
+    """The entry of a row."""
+    kind: type[Config] = Conv2dConfig if case.is_convolution else LinearConfig
+    triton = chosen.versions.split("triton ")[1].split(",")[0]
+    problem, config = case.problem(int(chosen.extra["n_blocks"])), kind.from_key(str(chosen.extra["config"]))
+    return Entry(
+        chosen.device, (9, 0), triton, problem, config, chosen.median_us, default.median_us,
+        int(chosen.extra["tried"]), case.max_pool,
+    )  # fmt: skip
 
 
 def make_table(results: Path, path: Path) -> int:
     """Write the table of a folder of CSV files; returns how many choices it has."""
-    convs = entries(conv_cases.CASES, read_csv(results / "conv.csv"))
-    linears = entries(linear_cases.CASES, read_csv(results / "linear.csv"))
-    found = [*convs, *linears]
+    found = entries(CASES, read_csv(results / "tuning.csv"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_entries(path, found)
     return len(found)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.fake_gpu import H200
 from tetris.autotune.space import is_valid
-from tetris.bench.conv_cases import CASES as CONVS
-from tetris.bench.linear_cases import CASES as LINEARS
 from tetris.bench.readme import RESULTS
 from tetris.bench.rows import Row, read_csv
-from tetris.bench.shipped_table import entries, make_table
-from tetris.kernels.configs import Conv2dConfig, DeviceInfo
+from tetris.bench.shipped_table import CASES, entries, make_table
+from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig
 from tetris.tuned_choices import TABLES, Entry, read_entries, shipped_choice
 
 
@@ -38,27 +38,64 @@ def test_the_h200_s_table_is_what_the_committed_rows_say(tmp_path: Path) -> None
     assert made.read_text() == (TABLES / "h200.json").read_text(), "run python -m tetris.bench.shipped_table"
 
 
-def test_the_benches_layers_run_their_choice() -> None:
-    rows = [*read_csv(RESULTS / "h200" / "conv.csv"), *read_csv(RESULTS / "h200" / "linear.csv")]
+def test_the_suites_layers_run_their_choice() -> None:
     shipped = {entry.key: entry for entry in read_entries(TABLES / "h200.json")}
-    for entry in entries([*CONVS, *LINEARS], rows):
-        match = shipped_choice(entry.problem, machine(entry))
+    for entry in entries(CASES, read_csv(RESULTS / "h200" / "tuning.csv")):
+        match = shipped_choice(entry.problem, machine(entry), entry.max_pool)
         assert match is not None and match.distance == 0 and match.entry == shipped[entry.key]
 
 
-@pytest.mark.parametrize(("tuned_us", "wins"), [(90.0, True), (98.5, False), (101.0, False)])
-def test_a_choice_must_gain_more_than_the_spread(tuned_us: float, wins: bool) -> None:
-    case = next(case for case in CONVS if case.layout == "reordered")
+def rows(case: str, tuned_us: float, random_us: tuple[float, float]) -> list[Row]:
+    """A default of 100 us and a choice; times in a random layout of both."""
     default, other = Conv2dConfig(), Conv2dConfig(num_warps=8)
-    rows = [
-        Row("conv", case.name, provider, us, device="GPU", versions="torch 2.11.0, triton 3.6.0, cudnn 9", extra=extra)
-        for provider, us, extra in (
-            ("tetris", 100.0, {"kept": 0.25, "note": default.to_key()}),
-            ("tetris tuned", tuned_us, {"kept": 0.25, "note": other.to_key()}),
+    return [
+        Row(
+            "tuning", case, provider, us, device="GPU", versions="torch 2.11.0, triton 3.6.0, cudnn 9",
+            extra={"n_blocks": 16, "tried": 9, "config": config.to_key(), "random_us": there},
         )
-    ]
-    found = list(entries([case], rows))
-    assert len(found) == wins and list(entries([case], rows[:1])) == [], "both times are needed"
+        for provider, us, config, there in (
+            ("analytic", 100.0, default, random_us[0]), ("tuned", tuned_us, other, random_us[1]),
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tuned_us", "random_us", "ships"),
+    [
+        (90.0, (80.0, 75.0), True),
+        (98.5, (80.0, 75.0), False),
+        (101.0, (80.0, 75.0), False),
+        (90.0, (80.0, 81.0), False),
+        (90.0, (math.nan, 75.0), False),
+    ],
+)
+def test_a_choice_must_gain_more_than_the_spread_and_lose_nothing_in_another_layout(
+    tuned_us: float, random_us: tuple[float, float], ships: bool
+) -> None:
+    case = next(case for case in CASES if case.max_pool)
+    given = rows(case.name, tuned_us, random_us)
+    found = entries([case], given)
+    assert len(found) == ships and entries([case], given[:1]) == [], "both times are needed"
     for entry in found:
-        assert (entry.config, entry.time_us, entry.default_us) == (other, tuned_us, 100)
-        assert entry.triton == "3.6.0" and entry.problem.n_blocks == 16
+        assert (entry.config, entry.time_us, entry.default_us) == (Conv2dConfig(num_warps=8), tuned_us, 100)
+        assert entry.triton == "3.6.0" and entry.problem == case.problem(16) and entry.max_pool and entry.tried == 9
+
+
+def test_a_neighbour_that_was_faster_without_keeps_its_default() -> None:
+    """The deeper of two layers that differ in their inputs alone did not win: it must not take the other's choice."""
+    first, second = (next(case for case in CASES if case.name == f"vgg16 b8 {name}") for name in ("conv3_1", "conv3_2"))
+    given = [*rows(first.name, 90.0, (80.0, 75.0)), *rows(second.name, 99.0, (80.0, 75.0))]
+    winner, kept = entries([first, second], given)
+    assert winner.config == Conv2dConfig(num_warps=8) and kept.config == Conv2dConfig()
+    assert kept.problem == second.problem(16) and kept.time_us == kept.default_us == 100
+    far = next(case for case in CASES if case.name == "vgg16 b1 conv3_2")
+    assert len(entries([first, far], [*given[:2], *rows(far.name, 99.0, (80.0, 75.0))])) == 1
+
+
+def test_choices_that_a_layer_makes_by_its_layout_do_not_ship() -> None:
+    case = next(case for case in CASES if not case.is_convolution)
+    for kernel, ships in (("split", False), ("hopper", True)):
+        default, tuned = rows(case.name, 90.0, (80.0, 75.0))
+        choices = LinearConfig(), LinearConfig(kernel=kernel)
+        given = [replace(r, extra=r.extra | {"config": c.to_key()}) for r, c in zip((default, tuned), choices)]
+        assert len(entries([case], given)) == ships
