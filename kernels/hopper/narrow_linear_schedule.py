@@ -66,7 +66,7 @@ def rings(block: tuple[int, int], tile_out: int) -> list[Ring]:
     """The deepest ring first. Few places make it deep; a stage that keeps more tiles than that is cut in two."""
     outputs = strip_outputs(block[0], tile_out)
     tiles, tile_bytes = tile_out // outputs * (STAGE_K // block[1]), outputs * block[1] * ITEM_SIZE
-    found = []
+    found: list[Ring] = []
     for stages in SHALLOW:
         places = min(tiles, (RING_BYTES // stages - TILE_TOKENS * STAGE_K * ITEM_SIZE) // tile_bytes)
         if places > (found[-1].places if found else 0):
