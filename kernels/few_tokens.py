@@ -11,14 +11,16 @@ from dataclasses import replace
 import torch
 
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, next_power_of_two, padded_block
-from tetris.kernels.split_schedule import SHARING_STAGES, TURNS, SplitSchedule, make_split_schedule, many_programs
-from tetris.kernels.vector_schedule import EVEN, VectorSchedule, make_vector_schedule, programs_at_once
+from tetris.kernels.split_schedule import TURNS, SplitSchedule, make_split_schedule
+from tetris.kernels.vector_schedule import EVEN, LEAST_INPUTS, VectorSchedule, make_vector_schedule, programs_at_once
 from tetris.layout import ceil_div
 
 DECODE_TOKENS = 16
 """Up to one matrix instruction's columns of tokens."""
-SPLIT_TILES, MOST_TILES = (64, 32, 128, 16), 8
-"""Tiles of tokens that are tried for a layout, of equals the first, and the most of them that are worth it."""
+LONG_INPUTS = 4096
+"""Kept inputs of a row that one token's long steps may walk whole."""
+SPLIT_TILES, MOST_TILES = (16, 32, 64, 128), 8
+"""Tiles of tokens that are tried for a layout, and the most of them that are worth it."""
 
 
 def vector_configs(problem: LinearProblem) -> tuple[LinearConfig, LinearConfig]:
@@ -46,14 +48,25 @@ def fastest_vector(
 ) -> tuple[LinearConfig, VectorSchedule]:
     """The config and schedule of one token for a layout, whose long rows are cut: more programs.
 
-    H200, reordered, long / short steps: 4096 -> 1000 at 23 % 7.7 / 8.4 us, 4096 -> 4096 at 27 % 12.9 / 9.6.
+    H200, reordered, long / short steps: 4096 -> 1000 at 23 % 7.7 / 8.4 us, 4096 -> 4096 at 27 % 12.9 / 9.6. Where there
+    are too many rows to cut the long ones, long steps of few warps (4096 -> 16384 at 27 % 16.6 / 18.7).
     """
     wide, narrow = vector_configs(problem)
     schedule = make_vector_schedule(indptr, problem.block, wide, device.sm_count)
     one_step = schedule.longest_part * problem.block[1] <= wide.tile_k
     if (schedule.most_parts == 1 or one_step) and len(schedule.parts) <= programs_at_once(wide, device.sm_count):
         return wide, schedule
-    return narrow, make_vector_schedule(indptr, problem.block, narrow, device.sm_count)
+    short = make_vector_schedule(indptr, problem.block, narrow, device.sm_count)
+    longest = int(indptr.diff().max())
+    too_many = short.longest_part * problem.block[1] > 2 * LEAST_INPUTS
+    if (
+        too_many
+        and longest > EVEN * problem.n_blocks / problem.block_rows
+        and longest * problem.block[1] <= LONG_INPUTS
+    ):
+        wide = replace(wide, num_warps=narrow.num_warps)
+        return wide, make_vector_schedule(indptr, problem.block, wide, device.sm_count)
+    return narrow, short
 
 
 def decode_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
@@ -116,10 +129,14 @@ def fastest_split(
     tiles = [0] if problem.weight_dtype else [tile for tile in SPLIT_TILES if least <= tile <= tokens]
     configs = [split_config(problem, device, tile) for tile in tiles]
     made = [(config, split_schedule(problem, config, indptr, indices, device.sm_count)) for config in configs]
-    config, schedule = min(made, key=lambda choice: choice[1].clocks)
-    if many_programs(len(schedule.parts) * ceil_div(problem.tokens, config.tile_tokens), device.sm_count):
-        config = replace(config, num_stages=min(config.num_stages, SHARING_STAGES))
-    return config, schedule
+
+    def promise(choice: tuple[LinearConfig, SplitSchedule]) -> tuple[float, int, int]:
+        """Of equal estimates that with the fewest programs a multiprocessor, then with most programs."""
+        programs = len(choice[1].parts) * ceil_div(problem.tokens, choice[0].tile_tokens)
+        return choice[1].clocks, ceil_div(programs, device.sm_count), -programs
+
+    config, schedule = min(made, key=promise)
+    return replace(config, num_stages=min(config.num_stages, schedule.stages)), schedule
 
 
 def split_schedule(

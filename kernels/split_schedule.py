@@ -28,10 +28,10 @@ FIXED_CLOCKS, SYNCHRONISE_CLOCKS = 2000, 1500
 """A part's first loads and epilogue; the fence, the counter and the first of the other parts' sums."""
 SHARED_BYTES = 227 << 10
 """Of an H200's multiprocessor, for all its programs."""
-SHARING_STAGES = 7
-"""Of the pipeline where there are many programs: two of the largest tiles share a multiprocessor, none of which waits
-for a whole other one to end (H200, 128 tokens, 4096 -> 14336, random: 18.1 us against 19.6 with ten, by the portable
-kernel, which differs in little else)."""
+STAGES, SHARING_STAGES = 10, 7
+"""Of the pipeline, and where there are many programs of whole rows: two of the largest tiles then share a
+multiprocessor (H200, 512 tokens, 1024 -> 4096 reordered: 11.6 us; tiles of 64 12.9). Cut rows want ten (128 tokens,
+4096 -> 14336 reordered: 20.3 against 21.3)."""
 TURNS = (1, 2, 3)
 """Programs of a multiprocessor for which rows are cut; the cut that is estimated to end first is taken."""
 
@@ -91,9 +91,9 @@ class Clocks:
         return self.launch + max(makespan(alone, sm_count * resident), fetching)
 
 
-def many_programs(programs: int, sm_count: int) -> bool:
-    """Whether so many that a multiprocessor should hold several: then they have :data:`SHARING_STAGES`."""
-    return programs > 1.5 * sm_count
+def shares_processors(parts: Sequence[int], copies: int, sm_count: int) -> bool:
+    """Whether there are so many programs of whole rows that a multiprocessor should hold several at a time."""
+    return max(parts) == 1 and len(parts) * copies > 1.5 * sm_count
 
 
 def resident_programs(tile_tokens: int, tile_out: int, stages: int) -> int:
@@ -111,12 +111,13 @@ class SplitSchedule:
             zeros; then the first input feature of every block, and PAST. Longest first.
         counters: [token tiles, parts of cut rows], zeros: parts of a tile that are done. A launch counts them up and
             back to zero: two launches with the same schedule must not run at the same time.
-        clocks: estimate of a launch.
+        clocks: estimate of a launch. stages: of its pipeline.
     """
 
     parts: torch.Tensor
     counters: torch.Tensor
     clocks: float
+    stages: int
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -182,13 +183,14 @@ def make_split_schedule(
     row_costs = [tile_bytes / BYTES_PER_CLOCK * count for count in counts]
     copies = slices * tiles
     cuts = [[1] * len(counts), *(choose_parts(row_costs, counts, copies, turn * n_programs, costs) for turn in turns)]
-    stages = [SHARING_STAGES if many_programs(sum(parts) * copies, n_programs) else 10 for parts in cuts]
+    stages = [SHARING_STAGES if shares_processors(parts, copies, n_programs) else STAGES for parts in cuts]
     resident = [resident_programs(tile_tokens, tile_out, each) for each in stages]
     clocks = [
         Clocks().of_launch(counts, parts, copies, tile_bytes, sums_bytes, n_programs, each)
         for parts, each in zip(cuts, resident)
     ]
-    n_parts = cuts[clocks.index(min(clocks))]
+    best = clocks.index(min(clocks))
+    n_parts = cuts[best]
     records = []
     place = 0
     for row, parts in enumerate(n_parts):
@@ -204,5 +206,6 @@ def make_split_schedule(
     return SplitSchedule(
         parts=torch.tensor(table, dtype=torch.int32, device=indptr.device),
         counters=torch.zeros((tiles, place), dtype=torch.int32, device=indptr.device),
-        clocks=min(clocks),
+        clocks=clocks[best],
+        stages=stages[best],
     )

@@ -18,7 +18,7 @@ from tetris.kernels.few_tokens import (
     vector_config,
 )
 from tetris.kernels.linear_paths import linear_refuses
-from tetris.kernels.split_schedule import TURNS, Clocks, make_split_schedule
+from tetris.kernels.split_schedule import SHARING_STAGES, STAGES, TURNS, Clocks, make_split_schedule
 from tetris.kernels.vector_schedule import programs_at_once
 
 
@@ -43,6 +43,19 @@ def test_small_tiles_where_few_rows_keep_most_and_large_ones_where_there_is_much
     assert tile_of(reordered_layout, 32, 4096, 4096, kept=0.04) == 16
     assert tile_of(reordered_layout, 16, 4096, 4096) == 16
     assert tile_of(random_layout, 4096, 256, 512) == 128, "there is no larger one"
+
+
+def test_of_equal_estimates_that_with_a_program_for_every_multiprocessor():
+    assert tile_of(random_layout, 256, 4096, 4096) == 128, "of 64: two programs each"
+    assert tile_of(random_layout, 128, 4096, 1024) == 64, "of 128: half of them idle"
+
+
+def test_many_whole_rows_share_multiprocessors():
+    problem, layout = layer(random_layout, 128, 14336, 4096)
+    assert fastest_split(problem, H200, layout.indptr, layout.indices)[0].num_stages == SHARING_STAGES
+    problem, layout = layer(reordered_layout, 128, 14336, 4096)
+    config, schedule = fastest_split(problem, H200, layout.indptr, layout.indices)
+    assert int(schedule.parts[:, 3].max()) > 1 and config.num_stages == STAGES
 
 
 def test_stored_weights_keep_the_usual_tile():
@@ -86,6 +99,8 @@ def test_one_token_takes_long_steps_where_all_programs_run_at_the_same_time():
     assert config.num_warps == 8 and parts > 4
     config, parts = one_token(reordered_layout, 4096, 4096)
     assert config.num_warps == 4 and parts > 4
+    config, parts = one_token(reordered_layout, 16384, 4096)
+    assert config.num_warps == 4 and config.tile_k == 512 and parts == 1, "too many rows to cut the long ones"
     config, parts = one_token(reordered_layout, 4096, 1024)
     assert config.num_warps == 8 and parts == 1, "rows are short"
 
