@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+from tetris.bench.readme import RESULTS
 from tetris.errors import FileFormatError, TetrisError
 from tetris.plans import Candidate, LayerPlan, ModelPlan
 
@@ -112,3 +114,10 @@ def test_unknown_layer_lists_the_known_ones() -> None:
     assert "a" in PLAN and "z" not in PLAN
     with pytest.raises(TetrisError, match="a, b"):
         PLAN["z"]
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "h200/plans").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_plans_load_and_move_nothing_at_run_time(path: Path) -> None:
+    plan = ModelPlan.load(path)
+    assert plan.end_to_end is not None and plan.end_to_end.speedup > 1 and len(plan.blocks) > 1
+    assert all(layer == layer.without_movements() for layer in plan)
