@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_stored_weights_keep_the_usual_tile():
 @pytest.mark.parametrize("make", [random_layout, reordered_layout])
 def test_the_cut_that_promises_to_end_first_is_taken(make):
     _, layout = layer(make, 16, 4096, 4096)
-    options = dict(block=(64, 64), tokens=16, tile_tokens=16, tile_out=64, n_programs=132)
+    options: dict[str, Any] = dict(block=(64, 64), tokens=16, tile_tokens=16, tile_out=64, n_programs=132)
     each = [make_split_schedule(layout.indptr, layout.indices, turns=(turn,), **options).clocks for turn in TURNS]
     assert make_split_schedule(layout.indptr, layout.indices, turns=TURNS, **options).clocks == min(each)
 
