@@ -17,7 +17,7 @@ from tetris.joint_reordering import JointProblem, reorder_jointly
 from tetris.layout import grid_shape
 from tetris.pruning import units_to_keep
 from tetris.reordering import reorder
-from tetris.search.system import BlockProblem, System
+from tetris.search.system import BlockProblem, System, total_of
 from tetris.search.transport import certify, solve
 
 EDGE = 32
@@ -84,7 +84,7 @@ def measure_together(layers: Layers, provider: str, method: str, steps: int, dev
         ]
         r = reorder_jointly(problems, method, steps=steps)
         seconds = time.perf_counter() - began
-        totals = [float(problem.importance.sum(dtype=torch.float64)) for problem in problems]
+        totals = [total_of(problem.importance) for problem in problems]
         return seconds, sum(part * total for part, total in zip(r.retained, totals)) / sum(totals), r.n_swaps
 
     try:

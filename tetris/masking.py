@@ -178,7 +178,7 @@ def prune(
         a copy with masks as parametrizations; ``print`` a layer to see its mask.
     Raises:
         TetrisError, UnsupportedError: bad input, naming what was wanted.
-    Cost: one search a layer, see :func:`tetris.reorder`; on a GPU layers are searched side by side.
+    Cost: one search a layer, see :func:`tetris.reorder`; on a GPU layers are annealed side by side.
     """
     if permutations not in PERMUTATIONS:
         raise TetrisError(f"prune: wanted permutations of {', '.join(PERMUTATIONS)}; got {describe(permutations)}")
@@ -257,7 +257,8 @@ def _separate(
     requests: list[_Request], structure: Any, options: dict[str, Any], progress: LayerProgress | None
 ) -> dict[str, Reordering]:
     found: dict[str, Reordering] = {}
-    for batch in _batches(requests) if structure == "block" else [[r] for r in requests]:
+    together = structure == "block" and options["method"] == "annealed"  # the others wait for each other too often
+    for batch in _batches(requests) if together else [[r] for r in requests]:
         if progress:
             progress(batch[0].name, len(found), len(requests))
         if len(batch) > 1:

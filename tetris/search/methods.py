@@ -76,7 +76,7 @@ def paper(system: System, keys: Sequence[Key], options: Options) -> Outcome:
 def batched(system: System, keys: Sequence[Key], options: Options) -> Outcome:
     """The alternation with M-steps that split disjoint pairs of groups together: twice as fast as the paper's swaps.
 
-    It ends in another local optimum than the paper's method, as good on average and up to 5 % of its gain below in
+    It ends in another local optimum than the paper's method, as good on average and up to 12 % of its gain below in
     single cases. Only that method's own run would tell, which takes longer than this one: :func:`exact` and
     :func:`annealed` make it and are never below.
     """
