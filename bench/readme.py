@@ -172,6 +172,17 @@ TABLES: dict[str, ReadmeTable] = {
         ),
         keep=lambda row: row.provider == "tetris compile+graph",
     ),
+    "h200-tuning": ReadmeTable(
+        csv="h200/shipped.csv",
+        columns=(
+            ("network, batch or tokens", "case", str),
+            ("layers", "layers", str),
+            ("full search: us", "best_us", microseconds),
+            ("of it by formula", "analytic_fraction", percent),
+            ("with the shipped table", "fraction", percent),
+            ("choices shipped", "shipped", str),
+        ),
+    ),
     "cpu-permutations": ReadmeTable(
         csv="cpu/permutations.csv",
         columns=(

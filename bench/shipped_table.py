@@ -3,7 +3,7 @@
 A choice ships where it beat the analytic default by more than the medians' spread in the layout from reordering that it
 was searched in, and was not slower in a random layout of the same size: a table knows sizes, not layouts. A layer of
 the suites that would take the choice of such a neighbour, and was measured to be as fast without, has its default in
-the table, too.
+the table, too. ``shipped.csv`` says what that makes of the suites, against the full search.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tetris.bench.readme import RESULTS
-from tetris.bench.rows import OK, Row, read_csv
+from tetris.bench.rows import OK, Row, read_csv, write_csv
 from tetris.bench.tuning_cases import FULL, SUITES, TuningCase
 from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig, LinearProblem
 from tetris.kernels.few_tokens import depends_on_layout
@@ -78,5 +78,38 @@ def make_table(results: Path, path: Path) -> int:
     return len(found)
 
 
+def network_rows(cases: Iterable[TuningCase], rows: Iterable[Row]) -> list[Row]:
+    """A row a network: all its layers with analytic choices, with the table's, and with the full search's, in us.
+
+    ``median_us`` is that with the table; ``fraction``, ``analytic_fraction``: the full search's time / these.
+    """
+    timed = {(row.case, row.provider): row for row in rows if row.status == OK}
+    found: dict[str, list[TuningCase]] = {}
+    for case in cases:
+        if (case.name, "analytic") in timed and (case.name, "tuned") in timed:
+            found.setdefault(case.suite, []).append(case)
+    made_rows = []
+    for network, layers in found.items():
+        pairs = [(case, timed[case.name, "analytic"], timed[case.name, "tuned"]) for case in layers]
+        ships = [wins(a, t) and not looks_at_the_layout(made(case, t, a)) for case, a, t in pairs]
+        best_us = sum(case.layer.count * tuned.median_us for case, _, tuned in pairs)
+        analytic_us = sum(case.layer.count * analytic.median_us for case, analytic, _ in pairs)
+        us = sum(case.layer.count * (t if ship else a).median_us for (case, a, t), ship in zip(pairs, ships))
+        extra = {"layers": len(layers), "shipped": sum(ships), "analytic_us": analytic_us, "best_us": best_us}
+        extra |= {"analytic_fraction": best_us / analytic_us, "fraction": best_us / us}
+        first = pairs[0][2]
+        made_rows.append(
+            Row("shipped", network, "table", us, device=first.device, versions=first.versions, extra=extra)
+        )
+    return made_rows
+
+
+def main() -> None:
+    """Make the H200's table and say what it makes of the suites."""
+    folder, table = RESULTS / "h200", TABLES / "h200.json"
+    print(make_table(folder, table), "choices written to", table)
+    write_csv(folder / "shipped.csv", network_rows(CASES, read_csv(folder / "tuning.csv")))
+
+
 if __name__ == "__main__":
-    print(make_table(RESULTS / "h200", TABLES / "h200.json"), "choices written to", TABLES / "h200.json")
+    main()

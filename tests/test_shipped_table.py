@@ -12,8 +12,8 @@ import pytest
 from tests.support.fake_gpu import H200
 from tetris.autotune.space import is_valid
 from tetris.bench.readme import RESULTS
-from tetris.bench.rows import Row, read_csv
-from tetris.bench.shipped_table import CASES, entries, make_table
+from tetris.bench.rows import Row, read_csv, write_csv
+from tetris.bench.shipped_table import CASES, entries, make_table, network_rows
 from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig
 from tetris.tuned_choices import TABLES, Entry, read_entries, shipped_choice
 
@@ -99,3 +99,20 @@ def test_choices_that_a_layer_makes_by_its_layout_do_not_ship() -> None:
         choices = LinearConfig(), LinearConfig(kernel=kernel)
         given = [replace(r, extra=r.extra | {"config": c.to_key()}) for r, c in zip((default, tuned), choices)]
         assert len(entries([case], given)) == ships
+
+
+def test_networks_are_compared_with_the_full_search() -> None:
+    """Of two layers, once each, one choice of 90 us ships; the other, 95 us, loses in a random layout."""
+    cases = [case for case in CASES if case.name in ("vgg16 b8 conv3_1", "vgg16 b8 conv4_3")]
+    given = [*rows(cases[0].name, 90.0, (80.0, 75.0)), *rows(cases[1].name, 95.0, (80.0, 85.0))]
+    (row,) = network_rows(cases, given)
+    assert (row.case, row.median_us, row.extra["analytic_us"], row.extra["best_us"]) == ("vgg16 b8", 190, 200, 185)
+    assert row.extra["fraction"] == 185 / 190 and row.extra["analytic_fraction"] == 185 / 200
+    assert (row.extra["layers"], row.extra["shipped"]) == (2, 1)
+
+
+def test_the_committed_comparison_is_that_of_the_committed_rows(tmp_path: Path) -> None:
+    made = write_csv(tmp_path / "shipped.csv", network_rows(CASES, read_csv(RESULTS / "h200" / "tuning.csv")))
+    assert made.read_text() == (RESULTS / "h200" / "shipped.csv").read_text(), (
+        "run python -m tetris.bench.shipped_table"
+    )
