@@ -19,6 +19,7 @@ import triton.language as tl
 from tetris.kernels.arrival import arrive
 from tetris.kernels.configs import LinearConfig
 from tetris.kernels.descriptors import describable_rows, describe
+from tetris.kernels.device import device_info
 from tetris.kernels.epilogue import add_bias, scale_rows, store_rows
 from tetris.kernels.recording import launch
 from tetris.kernels.split_schedule import HEAD_FIELDS, PAST, TURNS, make_split_schedule, merge_stages
@@ -139,7 +140,7 @@ def block_sparse_linear(
         return output
     block_out, block_in = values.shape[-2:]
     if schedule is None:
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+        sm_count = device_info(x.device).sm_count
         schedule = make_split_schedule(
             indptr, indices, block=(block_out, block_in), tokens=tokens, tile_tokens=config.tile_tokens,
             tile_out=config.tile_out, n_programs=sm_count, turns=TURNS,

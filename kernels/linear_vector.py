@@ -18,6 +18,7 @@ import triton.language as tl
 
 from tetris.kernels.arrival import arrive
 from tetris.kernels.configs import LinearConfig
+from tetris.kernels.device import device_info
 from tetris.kernels.epilogue import activate
 from tetris.kernels.recording import launch
 from tetris.kernels.vector_schedule import MOST_PARTS, make_vector_schedule, step_inputs, vector_tile
@@ -151,7 +152,7 @@ def block_sparse_linear(
     block_out, block_in = values.shape[-2:]
     tile_out = vector_tile(config, block_out)
     if schedule is None:
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+        sm_count = device_info(x.device).sm_count if x.is_cuda else 1
         schedule = make_vector_schedule(indptr, (block_out, block_in), config, sm_count).tensors
     parts, counters = schedule
     workspace = torch.empty((counters.numel(), tile_out), dtype=torch.float32, device=x.device)

@@ -154,7 +154,7 @@ def block_sparse_conv2d(
     n, h, w = tile.tiles(problem.batch, height, width)
     rows = ceil_div(problem.block_rows, tile.parts) * tile.halves
     if schedule is None:
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+        sm_count = device_info(x.device).sm_count
         schedule = conv2d_schedule(indptr, indices, problem, config, sm_count, x.device)
     tiles, cut_tiles = rows * n * h * w, len(schedule.counters)
     if len(schedule.order) < tiles + cut_tiles or (len(schedule.order) > tiles and not cut_tiles):

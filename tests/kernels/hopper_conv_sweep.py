@@ -5,33 +5,20 @@ python -m tests.kernels.hopper_conv_sweep --configurations 2000 --out sweep.csv
 
 from __future__ import annotations
 
-import random
 import sys
-import time
 
-import pytest
 import torch
 
 from tests.kernels.hopper_conv_variants import VARIANTS
 from tests.kernels.test_hopper_conv2d import error
-from tests.support.sweep import run_sweep
+from tests.support.sweep import run_problems, run_sweep
 from tetris.tolerances import tolerance
 
 
 def run_variant(index: int, configurations: int, seed: int, end: float) -> list[tuple[str, float, bool]]:
     """(description, relative error, whether it is small enough) of a variant's random problems until ``end``."""
-    torch.set_num_threads(1)
-    variant, generator = VARIANTS[index], random.Random(f"{seed} {index}")
-    allowed = tolerance(getattr(torch, variant.dtype), True)
-    results = []
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for number in range(configurations):
-            if time.time() > end:
-                break
-            case = variant.problem(generator)
-            e = error(variant, case, seed + number, monkeypatch)
-            results.append((f"{variant};{case};{case.kept}", e, e <= allowed))
-    return results
+    allowed = tolerance(getattr(torch, VARIANTS[index].dtype), True)
+    return run_problems(VARIANTS, index, configurations, seed, end, allowed, error)
 
 
 if __name__ == "__main__":

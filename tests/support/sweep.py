@@ -8,12 +8,40 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import pytest
+import torch
 
 RunVariant = Callable[[int, int, int, float], list[tuple[str, float, bool]]]
 """(index of the variant, configurations, seed, when to stop) -> what ran, its relative error, whether it is allowed."""
+
+
+def run_problems(
+    variants: Sequence[Any],
+    index: int,
+    configurations: int,
+    seed: int,
+    end: float,
+    allowed: float,
+    error: Callable[[Any, Any, int, pytest.MonkeyPatch], float],
+) -> list[tuple[str, float, bool]]:
+    """What :data:`RunVariant` returns: a variant's random problems until ``end``."""
+    torch.set_num_threads(1)
+    variant, generator = variants[index], random.Random(f"{seed} {index}")
+    results = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for number in range(configurations):
+            if time.time() > end:
+                break
+            case = variant.problem(generator)
+            e = error(variant, case, seed + number, monkeypatch)
+            results.append((f"{variant};{case};{case.kept}", e, e <= allowed))
+    return results
 
 
 def run_sweep(
