@@ -17,16 +17,16 @@ import torch
 
 from tetris.autotune.ceilings import Ceilings, measure_ceilings
 from tetris.bench.conv_cases import CASES, QUICK_CASES, vgg16_cases
-from tetris.bench.conv_chain import CHAIN_BATCH, CHAIN_BLOCK, chain_rows
+from tetris.bench.conv_chain import CHAIN_BATCH, CHAIN_BLOCK, chain_name, chain_rows
 from tetris.bench.conv_measure import add_compile_argument, compile_all, measure
-from tetris.bench.conv_permuted import permuted_configs, permuted_rows
+from tetris.bench.conv_permuted import PERMUTED_NAME, permuted_configs, permuted_rows
 from tetris.bench.report import table
-from tetris.bench.rows import Row, write_csv
+from tetris.bench.rows import Row, replaced, write_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--match", default="", help="only cases whose name contains this; the CSV keeps the others")
     parser.add_argument("--candidates", type=int, default=4, help="configs tried a case")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-chain", action="store_true", help="leave out VGG16's convolutions as a chain")
@@ -40,27 +40,36 @@ def run(args: argparse.Namespace) -> list[Row]:
         return [row]
     torch.backends.cudnn.benchmark = True
     cases = [case for case in (QUICK_CASES if args.quick else CASES) if args.match in case.name]
-    everything = not (args.quick or args.match or args.no_chain)
+    permuted = args.match in PERMUTED_NAME and not args.quick
+    chain = args.match in chain_name(CHAIN_BATCH) and not (args.quick or args.no_chain)
     if args.compile != "never":
-        chain = vgg16_cases(CHAIN_BATCH, CHAIN_BLOCK) if everything else ()
-        compile_all([*cases, *chain], args.candidates, permuted_configs() if everything else ())
+        chained = vgg16_cases(CHAIN_BATCH, CHAIN_BLOCK) if chain else ()
+        compile_all([*cases, *chained], args.candidates, permuted_configs() if permuted else ())
     if args.compile == "only":
         raise SystemExit(0)
     ceilings: dict[str, Ceilings] = {}
     rows: list[Row] = []
+
+    def save() -> list[Row]:  # after every case: a run that is cut short keeps what it measured
+        everything = replaced(args.out / "conv.csv", rows) if args.match else rows
+        write_csv(args.out / "conv.csv", everything)
+        return everything
+
     for case in cases:
         if case.dtype not in ceilings:
             ceilings[case.dtype] = conv_ceilings(case.dtype)
         rows += measure(case, ceilings[case.dtype], args.candidates, args.repeats)
         print(f"{case.name}: {rows[-1].speedup:.2f} (floor {case.floor}, target {case.target})", flush=True)
-        write_csv(args.out / "conv.csv", rows)  # a run that is cut short keeps what it measured
+        save()
         torch.cuda.empty_cache()
-    if everything:
+    if permuted:
         rows += permuted_rows(args.repeats)
-        write_csv(args.out / "conv.csv", rows)
-        rows += chain_rows(args.candidates, args.repeats, ceilings["float16"])
-    draw(rows, args.out)
-    return rows
+        save()
+    if chain:
+        rows += chain_rows(args.candidates, args.repeats, ceilings.get("float16") or conv_ceilings("float16"))
+    everything = save()
+    draw(everything, args.out)
+    return everything
 
 
 def draw(rows: list[Row], folder: Path) -> Path:

@@ -27,6 +27,11 @@ CHAIN_ERROR = 5e-3
 """Thirteen layers of float16 roundings, each within 1e-3 of its float64 value."""
 
 
+def chain_name(batch: int) -> str:
+    """The case of its rows."""
+    return f"VGG16 convolutions, bias, ReLU, pool n{batch}"
+
+
 def dense_chain(layers: list[Operands]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The dense layers as ``torch.compile`` makes them."""
 
@@ -86,7 +91,7 @@ def chain_rows(most: int, repeats: int, ceilings: Ceilings, batches: tuple[int, 
         for provider, t in times.items():
             ours = provider != "torch.compile"
             rows.append(Row(
-                "conv", f"VGG16 convolutions, bias, ReLU, pool n{batch}", provider, t.median_us, t.p10_us, t.p90_us,
+                "conv", chain_name(batch), provider, t.median_us, t.p10_us, t.p90_us,
                 flop=sum(flop for flop, _ in parts), bytes=sum(size for _, size in parts),
                 roofline_fraction=least / t.median_us, speedup=times["torch.compile"].median_us / t.median_us,
                 error=error if ours else math.nan, status="ok" if not ours or error <= CHAIN_ERROR else "wrong",

@@ -16,6 +16,7 @@ from tetris.kernels.permute import permute_channels
 from tetris.permutation import inverse
 
 CASE = Case(FLAGSHIP, (64, 64))
+PERMUTED_NAME = f"{CASE.name} permuted"
 GROUPS = (8, 16)
 """Channels that move together."""
 
@@ -54,7 +55,7 @@ def permuted_rows(repeats: int) -> list[Row]:
                     cuda_graph=True)  # fmt: skip
     rows = []
     for name in runs:
-        row = Row("conv", f"{CASE.name} permuted", name, device=device_name("cuda"), versions=versions())
+        row = Row("conv", PERMUTED_NAME, name, device=device_name("cuda"), versions=versions())
         if right[name]:
             t = times[name]
             row = replace(row, median_us=t.median_us, p10_us=t.p10_us, p90_us=t.p90_us,

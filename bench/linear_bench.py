@@ -26,7 +26,7 @@ from tetris.bench.linear_cases import CASES, QUICK_CASES, Case
 from tetris.bench.linear_operands import Operands
 from tetris.bench.linear_peers import bsr_callable, bsr_metas, stk_status
 from tetris.bench.report import table
-from tetris.bench.rows import Row, write_csv
+from tetris.bench.rows import Row, replaced, write_csv
 from tetris.dispatch import linear_launch
 from tetris.kernels.configs import DeviceInfo, LinearConfig, LinearProblem, default_linear_config
 from tetris.kernels.linear_paths import (
@@ -55,7 +55,7 @@ Run = Callable[[], torch.Tensor]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="instead of the cases' own")
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--match", default="", help="only cases whose name contains this; the CSV keeps the others")
     parser.add_argument("--sweep", type=int, default=8, help="torch BSR configurations tried")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
@@ -271,6 +271,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             raise SystemExit(0)
     ceilings: dict[str, Ceilings] = {}
     rows: list[Row] = []
+    everything: list[Row] = []
     for case in cases:
         if args.device == "cuda" and case.dtype not in ceilings:
             ceilings[case.dtype] = measure_ceilings(args.device, getattr(torch, case.dtype))
@@ -280,8 +281,9 @@ def run(args: argparse.Namespace) -> list[Row]:
             rows.append(Row("linear", case.name, "tetris", status=f"failed: {type(error).__name__}: {error}"[:200]))
         found = {row.provider: row for row in rows if row.case == case.name}
         print(case.name, *(f"{name} {row.speedup:.2f}x" for name, row in found.items()), sep="  ", flush=True)
-        write_csv(args.out / "linear.csv", rows)  # after every case: a run that is cut short keeps its rows
-    return rows
+        everything = replaced(args.out / "linear.csv", rows) if args.match else rows
+        write_csv(args.out / "linear.csv", everything)  # after every case: a run that is cut short keeps its rows
+    return everything
 
 
 def show(rows: list[Row]) -> str:

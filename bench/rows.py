@@ -109,6 +109,25 @@ def write_csv(path: str | Path, rows: Iterable[Row]) -> Path:
     return path
 
 
+def replaced(path: str | Path, rows: list[Row]) -> list[Row]:
+    """The rows of the file with those of the measured cases, in their places; what is new stands at the end.
+
+    For a bench that runs some of its cases: the file keeps what it says of the others.
+    """
+    new: dict[str, list[Row]] = {}
+    for row in rows:
+        new.setdefault(row.case, []).append(row)
+    kept: list[Row] = []
+    placed: set[str] = set()
+    for row in read_csv(path) if Path(path).is_file() else []:
+        if row.case not in new:
+            kept.append(row)
+        elif row.case not in placed:
+            kept += new[row.case]
+            placed.add(row.case)
+    return kept + [row for row in rows if row.case not in placed]
+
+
 def read_csv(path: str | Path) -> list[Row]:
     """The rows of a file that :func:`write_csv` wrote. Raises FileFormatError if it is missing or another table."""
     path = Path(path)

@@ -125,7 +125,16 @@ def test_a_run_writes_its_rows_as_they_come(fake_gpu, tmp_path, capsys: pytest.C
     assert "3.33" in capsys.readouterr().out
     shown = conv_bench.show(rows)
     assert "tetris tuned" in shown and "ideal" in shown
-    assert conv_bench.run(options(tmp_path, match="no such case", no_chain=True)) == []
+
+
+def test_a_run_of_some_cases_keeps_the_others(fake_gpu, tmp_path):
+    before = conv_bench.run(options(tmp_path))
+    after = conv_bench.run(options(tmp_path, match=QUICK_CASES[1].name, candidates=1))
+    assert [(row.case, row.provider) for row in after] == [(row.case, row.provider) for row in before]
+    assert [row.speedup for row in after[:3]] == pytest.approx([row.speedup for row in before[:3]], rel=1e-5)
+    assert after[5].speedup == pytest.approx(2.5)  # the only candidate of this run, not the better second one
+    assert len(conv_bench.run(options(tmp_path, match="no such case"))) == len(before)
+    assert len(read_csv(tmp_path / "conv.csv")) == len(before)
 
 
 def test_benches_say_that_they_need_a_gpu(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tetris.bench import cases, report
-from tetris.bench.rows import Row, read_csv, write_csv
+from tetris.bench.rows import Row, read_csv, replaced, write_csv
 from tetris.errors import FileFormatError
 
 ROWS = [
@@ -16,6 +16,15 @@ ROWS = [
     Row("conv", "conv1_1", "tetris", 5.0, 4.0, 6.0, flop=1e9, speedup=2.0, error=1e-3, extra={"block": "64x32"}),
     Row("conv", "conv1_1", "broken", status="wrong"),
 ]
+
+
+def test_rows_of_measured_cases_take_the_place_of_old_ones(tmp_path) -> None:
+    file = tmp_path / "conv.csv"
+    new = [Row("conv", case, "tetris", time) for case, time in (("b", 2.0), ("d", 4.0))]
+    assert replaced(file, new) == new  # no file yet
+    write_csv(file, [Row("conv", case, p, 9.0) for case in "abc" for p in ("cudnn", "tetris")])
+    rows = [(row.case, row.median_us) for row in replaced(file, new)]
+    assert rows == [("a", 9.0), ("a", 9.0), ("b", 2.0), ("c", 9.0), ("c", 9.0), ("d", 4.0)]
 
 
 def test_csv_round_trip(tmp_path) -> None:
