@@ -4,6 +4,7 @@
     compute-sanitizer --tool memcheck  python -m tests.kernels.sanitizer_selection conv
     compute-sanitizer --tool racecheck python -m tests.kernels.sanitizer_selection linear
     compute-sanitizer --tool memcheck  python -m tests.kernels.sanitizer_selection search
+    compute-sanitizer --tool racecheck python -m tests.kernels.sanitizer_selection roles   # what is Triton's own
 
 Hopper programs run several tiles each on rings that wrap around, with and without an epilogue. Every result is compared
 with float64, a search's with the CPU's; the exit status is 1 if one is wrong.
@@ -81,7 +82,7 @@ def linear_kinds() -> list[tuple[tuple[int, int], tuple[str, ...], LinearConfig]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kernel", choices=("conv", "linear", "search"))
+    parser.add_argument("kernel", choices=("conv", "linear", "search", "roles"))
     launches: list[tuple[str, str, Callable[[], float]]]
     kernel = parser.parse_args().kernel
     if kernel == "conv":
@@ -91,6 +92,10 @@ def main() -> int:
         ]
     elif kernel == "search":
         launches = [(name, "float32", run) for name, run in search_selection.launches()]
+    elif kernel == "roles":
+        from tests.kernels.roles_control import roles_error
+
+        launches = [("roles and nothing else", "float32", partial(roles_error, PROGRAMS))]
     else:
         launches = [
             (f"{block} {extras} {config.to_key()}", "float16", partial(linear_error, block, extras, config))
