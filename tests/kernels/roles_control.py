@@ -1,7 +1,7 @@
 """A kernel that only has roles: no ring, no barrier, no shared memory of its own. The control for racecheck.
 
 compute-sanitizer's racecheck reports one hazard in every warp-specialised kernel: a worker warp reads the byte that
-tells it its role, which Triton itself writes. What it reports here, where there is nothing else to race on, is Triton's.
+tells it its role, which Triton itself writes. What it reports here, where nothing else can race, is Triton's.
 """
 
 # mypy: ignore-errors
