@@ -23,7 +23,7 @@ from tetris.autotune.problems import LayerInput, problem_at
 from tetris.autotune.space import default_config
 from tetris.autotune.timer import time_us
 from tetris.errors import UnsupportedError
-from tetris.graph import ExampleInputs, channel_groups
+from tetris.graph import channel_groups
 from tetris.importance import channel_importance, importance_of
 from tetris.joint_reordering import JointProblem, reorder_jointly
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, conv2d_output_size
@@ -35,6 +35,7 @@ from tetris.permutation import apply, expand
 from tetris.plans import GROUP, GROUPED, SEPARATE, LayerPlan, ModelPlan
 from tetris.reordering import Reordering
 from tetris.specs import prunable_layers
+from tetris.tracing import ExampleInputs
 
 MARGIN = 0.02
 """An own order must save this fraction of the layer's time beyond its cost; less is within the noise."""

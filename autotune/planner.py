@@ -27,13 +27,13 @@ from tetris.autotune.whole_network import WholeNetwork, best_way
 from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.conversion import Conversion, convert
 from tetris.errors import TetrisError, describe
-from tetris.graph import ExampleInputs
 from tetris.importance import importance_of
 from tetris.masking import masked_layers, prune
 from tetris.ops import dtype_name
 from tetris.plans import LayerPlan, ModelPlan
 from tetris.pruning import Block
 from tetris.specs import SparsitySpec, match, prunable_layers, resolve_sparsity, worth_pruning
+from tetris.tracing import ExampleInputs
 
 AUTO_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Measured for ``sparsity="auto"``, where a budget chooses each layer's rate."""

@@ -12,7 +12,6 @@ from torch import nn
 
 from tetris.dispatch import linear_launch
 from tetris.errors import TetrisError
-from tetris.graph import ExampleInputs, as_arguments
 from tetris.kernels.configs import (
     ITEM_SIZE,
     Conv2dConfig,
@@ -26,6 +25,7 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLinear, supported_paddin
 from tetris.layout import grid_shape
 from tetris.ops import dtype_name
 from tetris.pruning import units_to_keep
+from tetris.tracing import ExampleInputs, as_arguments
 from tetris.tuned_choices import shipped_conv2d_choice
 
 Problem = Conv2dProblem | LinearProblem

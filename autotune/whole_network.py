@@ -15,9 +15,9 @@ from tetris.autotune.timer import graphed, time_us
 from tetris.conversion import convert, to_channels_last
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.fusion import fold_batch_norms
-from tetris.graph import ExampleInputs, as_arguments, trace
 from tetris.masking import prune
 from tetris.plans import EndToEnd, ModelPlan
+from tetris.tracing import ExampleInputs, as_arguments, trace
 
 WAYS = ("eager", "graph", "compile")
 """How a network is run: as it is, replayed from a CUDA graph, or compiled (on a GPU and replayed from a graph)."""

@@ -81,7 +81,8 @@ def test_untraceable_models_convert_with_a_warning():
     model, x = Branching(32, 64, 32), torch.randn(3, 32)
     with pytest.raises(UnsupportedError, match=r"torch\.fx can trace"):
         tetris.prune(model, 0.5, permutations="shared", example_inputs=x)
-    pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
+    with pytest.warns(UserWarning, match="every layer gets permutations of its own"):
+        pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
     with pytest.warns(UserWarning, match="every layer keeps its own permutations"):
         fast = tetris.convert(pruned, example_inputs=x)
     assert relative_error(fast(x), pruned(x)) < tolerance(torch.float32)
@@ -196,6 +197,19 @@ def test_convert_wants_blocks(structure):
         tetris.convert(model, example_inputs=x)
 
 
+def test_what_no_kernel_computes_in_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).double()
+    x = torch.randn(3, 32, dtype=torch.float64)
+    pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
+    with pytest.raises(UnsupportedError, match=r"convert: 0: .*float16, bfloat16 or float32; got .*float64"):
+        tetris.convert(pruned, example_inputs=x)
+
+
+def test_convert_wants_a_module():
+    with pytest.raises(TetrisError, match=r"wanted an nn\.Module; got str 'net'"):
+        tetris.convert("net")  # type: ignore[arg-type]
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("permutations", ["shared", "separate"])
 @pytest.mark.parametrize("name", ["lenet", "vgg16_bn", "resnet18", "mlp", "transformer"])
@@ -219,9 +233,12 @@ def test_an_untraced_model_needs_its_architecture(tmp_path):
         tetris.load(path, VGG16(width=0.125))
 
 
-def test_bad_files_are_refused(tmp_path):
+def test_bad_files_are_refused(tmp_path, monkeypatch):
     pruned, x = pruned_model("lenet")
     path = tetris.save(tetris.convert(pruned, example_inputs=x), tmp_path / "fast.safetensors")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedError, match="wanted to load to cuda:0; this machine"):
+        tetris.load(path, device="cuda:0")
     with pytest.raises(FileFormatError, match="no such file"):
         tetris.load(tmp_path / "missing.safetensors")
     path.write_bytes(path.read_bytes()[:1000])

@@ -8,12 +8,13 @@ from torch import nn
 
 import tetris
 from tetris.channels import Channels, Member
-from tetris.errors import UnsupportedError
-from tetris.graph import channel_groups, trace
+from tetris.errors import TetrisError, UnsupportedError
+from tetris.graph import channel_groups
 from tetris.models import MLP, VGG16, LanguageModel, LeNet, TransformerBlock, resnet18
 from tetris.orders import input_gather, output_scatter, unit_order
 from tetris.permutation import expand
 from tetris.stem import StemConv2d
+from tetris.tracing import trace
 
 
 def group_of(graph, module: str, role: str):
@@ -104,8 +105,32 @@ def test_tracing_leaves_the_model_as_it_was():
 def test_inputs_may_be_tuples_or_keywords():
     model, x = MLP(8, 16, 4), torch.randn(2, 8)
     assert len(channel_groups(model, (x,)).groups) == len(channel_groups(model, {"input": x}).groups) == 3
-    with pytest.raises(UnsupportedError, match="example_inputs: wanted"):
+    with pytest.raises(TetrisError, match="example_inputs: wanted a tensor"):
         channel_groups(model, 3)
+    with pytest.raises(TetrisError, match="wanted keywords of input; got image"):
+        channel_groups(model, {"image": x})
+
+
+def test_inputs_that_do_not_fit_are_named_and_nothing_is_printed(capfd):
+    model = MLP(8, 16, 4).train()
+    with pytest.raises(TetrisError, match=r"that MLP runs on; got tensor of shape \(2, 7\).*cannot be multiplied"):
+        channel_groups(model, torch.randn(2, 7))
+    with pytest.raises(TetrisError, match=r"MLP runs on; got nothing: .*Expected positional argument"):
+        channel_groups(model, {})
+    assert model.training and capfd.readouterr() == ("", "")
+
+
+def test_keywords_that_are_left_out_take_their_defaults():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x, scale=2.0, shift=None):
+            return self.fc(x * scale) + (0.0 if shift is None else shift)
+
+    graph = channel_groups(Scaled(), {"x": torch.randn(2, 8), "shift": torch.randn(2, 4)})
+    assert [(g.size, len(g.members)) for g in graph.groups] == [(8, 1), (4, 1)]
 
 
 def test_gather_and_scatter_cross_between_orders():

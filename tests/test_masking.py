@@ -117,6 +117,21 @@ def test_a_plan_replaces_sparsity_and_block():
         tetris.prune(lenet(), 0.5, plan=plan)
 
 
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (
+            LayerPlan("conv2", "conv2d", (64, 20, 5, 5), (10, 5), 0.5),
+            r"\(64, 20, 5, 5\); the model has \(50, 20, 5, 5\)",
+        ),
+        (LayerPlan("conv7", "conv2d", (50, 20, 5, 5)), "layer conv7 .* the model has no such layer"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused(layer, words):
+    with pytest.raises(TetrisError, match=words):
+        tetris.prune(lenet(), plan=ModelPlan((layer,)))
+
+
 def test_importance_by_layer_decides_what_stays():
     model = MLP(32, 64, 32)
     importance = torch.zeros(64, 32)
@@ -164,6 +179,9 @@ def test_layers_are_searched_together_on_one_gpu_only_and_within_bounds(monkeypa
         ({"sparsity": 0.5, "method": "magic"}, "wanted a method"),
         ({"sparsity": 0.5, "structure": "diagonal"}, "structure: wanted"),
         ({"sparsity": 0.5, "skip": ["fc7"]}, "skip: 'fc7' matches no"),
+        ({"sparsity": 0.5, "seed": "1"}, "wanted an int as seed; got str '1'"),
+        ({"sparsity": 0.5, "example_inputs": 3}, "example_inputs: wanted a tensor"),
+        ({"sparsity": 0.5, "example_inputs": X[:, :, 1:]}, "wanted inputs that LeNet runs on"),
     ],
 )
 def test_bad_arguments_are_named(options, words):
@@ -182,6 +200,12 @@ def test_a_pruned_model_is_not_pruned_again():
     pruned = tetris.prune(lenet(), 0.5, method="sort")
     with pytest.raises(TetrisError, match="pruned already"):
         tetris.prune(pruned, 0.5)
+
+
+@pytest.mark.parametrize("model", ["net", nn.Linear])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(TetrisError, match=r"wanted an nn\.Module; got"):
+        tetris.prune(model, 0.5)
 
 
 def test_a_bare_layer_is_refused_with_advice():

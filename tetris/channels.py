@@ -53,7 +53,7 @@ class ModelGraph:
     """A traced model and its channel groups.
 
     Attributes:
-        module: the traced module; nodes carry ``tensor_meta``.
+        module: the traced module; nodes of tensors carry their ``shape``, as ``node.meta["shape"]``.
         groups: all channel groups.
         inputs, outputs: every layer's input and output channels, by module name.
         per_channel: the channels of every norm, depthwise convolution and embedding, by module name.

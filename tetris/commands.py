@@ -63,10 +63,10 @@ def prune_user_model(
         def on_layer(name: str, done: int, total: int) -> None:
             progress.update(task, description=f"prune {name}", completed=done, total=total)
 
-        pruned = tetris.prune(user.model, example_inputs=user.inputs, progress=on_layer, **options)
-        progress.update(task, description="convert")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            pruned = tetris.prune(user.model, example_inputs=user.inputs, progress=on_layer, **options)
+            progress.update(task, description="convert")
             plan = options.get("plan")
             fast = tetris.convert(pruned, example_inputs=user.inputs, plan=plan, weight_dtype=weight_dtype)
         apply_tuned(fast, user.inputs)

@@ -19,9 +19,9 @@ from torch import fx, nn
 
 from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.channels import ModelGraph
-from tetris.errors import TetrisError, UnsupportedError
+from tetris.errors import TetrisError, UnsupportedError, describe
 from tetris.fusion import fold_batch_norms, fold_residual_biases, fuse_epilogues
-from tetris.graph import ExampleInputs, channel_groups
+from tetris.graph import channel_groups
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.masking import bake_masks, reorderings
 from tetris.orders import feature_order, input_gather, output_scatter, storage_orders
@@ -31,6 +31,7 @@ from tetris.quantization import stored_dtype
 from tetris.reordering import Reordering, reorder
 from tetris.specs import match, prunable_layers
 from tetris.stem import StemConv2d
+from tetris.tracing import ExampleInputs
 
 
 @dataclass
@@ -119,6 +120,8 @@ def convert(
     Raises:
         TetrisError: nothing in the model is pruned by blocks, or ``weight_dtype`` has no linear layer to apply to.
     """
+    if not isinstance(model, nn.Module):
+        raise TetrisError(f"convert: wanted an nn.Module; got {describe(model)}")
     stored = None if weight_dtype is None else stored_dtype(weight_dtype)
     masked = reorderings(model)
     found = {n: r for n, r in masked.items() if r.block_mask is not None}
@@ -136,7 +139,7 @@ def convert(
         try:
             graph = channel_groups(model, example_inputs)
         except UnsupportedError as error:
-            warnings.warn(f"convert: {error}; every layer keeps its own permutations", stacklevel=2)
+            warnings.warn(f"convert: {error}; every layer keeps its own permutations, nothing is fused", stacklevel=2)
     full = plan.full_layers if plan is not None and graph is not None and fuse else {}
     full = {n: block for n, block in full.items() if n not in masked}
     configs = {n: plan[n].config for n in [*sparse, *full] if plan is not None and n in plan}

@@ -198,5 +198,4 @@ def _fuse_addition(traced: fx.GraphModule, node: fx.Node, block_sparse: Callable
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
-    return None if shape is None else tuple(shape)
+    return node.meta.get("shape")

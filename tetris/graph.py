@@ -18,65 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
-from tetris.block_sparse_layer import FusedLayer
 from tetris.channels import ChannelGroup, Channels, Member, ModelGraph
-from tetris.errors import UnsupportedError, describe
-
-ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
-
-
-def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) to call a model with: a tensor is one argument, a tuple or list several, a dict keywords."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if not isinstance(example_inputs, torch.Tensor):
-        raise UnsupportedError(
-            "example_inputs: wanted a tensor, a tuple of arguments or a dict of keywords; "
-            f"got {describe(example_inputs)}"
-        )
-    return (example_inputs,), {}
-
-
-class _Tracer(fx.Tracer):
-    """Stops at torch's modules, at parametrized ones and at Tetris' own layers."""
-
-    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return (
-            isinstance(m, FusedLayer)
-            or nn.utils.parametrize.is_parametrized(m)
-            or super().is_leaf_module(m, qualified_name)
-        )
-
-
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
-    """``model`` as a GraphModule in evaluation mode with the shapes of ``example_inputs`` on every node.
-
-    Raises:
-        UnsupportedError: torch.fx cannot trace it (control flow that depends on data), with fx's reason.
-    """
-    args, kwargs = as_arguments(example_inputs)
-    modes = {name: m.training for name, m in model.named_modules()}
-    model.eval()
-    try:
-        try:
-            traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
-        except Exception as error:  # fx raises many kinds: TraceError, TypeError, AttributeError, RuntimeError ...
-            raise UnsupportedError(
-                f"trace: wanted a model that torch.fx can trace; {type(model).__name__} failed with "
-                f"{type(error).__name__}: {error}; move control flow that depends on tensor values out of forward, "
-                "or use permutations='separate', which needs no tracing"
-            ) from error
-        placeholders = [str(n.target) for n in traced.graph.nodes if n.op == "placeholder"]
-        with torch.no_grad():
-            ShapeProp(traced).propagate(*args, *(kwargs[name] for name in placeholders[len(args) :] if name in kwargs))
-    finally:
-        for name, m in model.named_modules():
-            m.training = modes[name]
-    return traced
+from tetris.tracing import ExampleInputs, trace
 
 
 @dataclass(frozen=True)
@@ -174,8 +118,7 @@ class _Grouping:
     # -- nodes ----------------------------------------------------------------------------------------------------
     def shape(self, node: Any) -> tuple[int, ...] | None:
         """The shape of a node's tensor; None for other results and for arguments that are no nodes."""
-        shape = getattr(node.meta.get("tensor_meta"), "shape", None) if isinstance(node, fx.Node) else None
-        return None if shape is None else tuple(shape)
+        return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
     def label_of(self, node: Any) -> _Label | None:
         return self.labels.get(node) if isinstance(node, fx.Node) else None
@@ -365,5 +308,6 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ModelGrap
             in evaluation mode is run on them.
     Raises:
         UnsupportedError: the model cannot be traced.
+        TetrisError: it does not run on the inputs.
     """
     return _Grouping(trace(model, example_inputs)).result()

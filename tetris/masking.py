@@ -7,6 +7,7 @@ zero, no reordering happens while training (the paper's un-permuted mask), and s
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,14 +18,15 @@ from torch.nn.utils import parametrize
 
 from tetris.channels import Channels, ModelGraph
 from tetris.errors import TetrisError, UnsupportedError, describe
-from tetris.graph import ExampleInputs, channel_groups
+from tetris.graph import channel_groups
 from tetris.importance import Importance, channel_importance, importance_of
 from tetris.joint_reordering import Concatenation, Group, JointProblem, JointReordering, reorder_jointly
 from tetris.permutation import apply, expand, identity, inverse
 from tetris.plans import GROUP, GROUPED, SHARED, ModelPlan
 from tetris.pruning import PruningMethod, block_sums, expand_block_mask
 from tetris.reordering import Reordering, reorder
-from tetris.specs import BlockSpec, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
+from tetris.specs import BlockSpec, Prunable, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
+from tetris.tracing import ExampleInputs
 
 PERMUTATIONS = ("auto", "shared", "separate")
 AT_ONCE = 2**28
@@ -167,7 +169,7 @@ def prune(
         structure: "block" or another pruning method; see :mod:`tetris.pruning`.
         permutations: "shared" searches one permutation for all layers that meet in a channel group (free at run time;
             the model must be traceable), "separate" one for each weight (retains more, costs a data movement a
-            layer), "auto" shares where ``example_inputs`` are given and the model can be traced.
+            layer), "auto" shares where ``example_inputs`` are given and the model can be traced (warns where not).
         example_inputs: a tensor, tuple or dict to call the model with; needed to share permutations.
         plan: decisions of :func:`tetris.plan` by layer; replaces ``sparsity`` and ``block``.
         skip: glob patterns of layers to leave dense.
@@ -182,6 +184,8 @@ def prune(
     """
     if permutations not in PERMUTATIONS:
         raise TetrisError(f"prune: wanted permutations of {', '.join(PERMUTATIONS)}; got {describe(permutations)}")
+    if not isinstance(model, nn.Module):
+        raise TetrisError(f"prune: wanted an nn.Module; got {describe(model)}")
     if isinstance(model, (nn.Linear, nn.Conv2d)):
         raise TetrisError(
             f"prune: wanted a model with layers inside; got a bare {type(model).__name__}; wrap it in nn.Sequential, "
@@ -197,6 +201,7 @@ def prune(
     if plan is not None:
         if sparsity is not None or block != "auto":
             raise TetrisError("prune: wanted either a plan or sparsity and block; got both; edit the plan instead")
+        _check_fits(plan, layers)
         sparsity, block = plan.sparsities, plan.blocks
     if sparsity is None:
         raise TetrisError("prune: wanted a sparsity, for example sparsity=0.73, or a plan; got neither")
@@ -229,6 +234,17 @@ def prune(
     return pruned
 
 
+def _check_fits(plan: ModelPlan, layers: Mapping[str, Prunable]) -> None:
+    """A plan for another model is refused before it decides anything."""
+    for planned in plan:
+        found = tuple(layers[planned.name].weight.shape) if planned.name in layers else "no such layer"
+        if found != tuple(planned.shape):
+            raise TetrisError(
+                f"prune: the plan has a layer {planned.name} of {tuple(planned.shape)}; the model has {found}; "
+                "make the plan again for this model"
+            )
+
+
 def _importance(importance: Importance | Mapping[str, Importance], name: str) -> Importance:
     if isinstance(importance, Mapping):
         return importance.get(name, "l1")
@@ -247,9 +263,10 @@ def _sharing_graph(
         return None
     try:
         return channel_groups(model, example_inputs)
-    except TetrisError:
+    except UnsupportedError as error:
         if permutations == "shared":
-            raise
+            raise UnsupportedError(f"{error}, or use permutations='separate', which needs no tracing") from error
+        warnings.warn(f"prune: {error}; every layer gets permutations of its own", stacklevel=3)
         return None
 
 

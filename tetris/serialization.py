@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from tetris.block_sparse_layer import BlockSparseLayer
 from tetris.conversion import Conversion, ConvertedLayer, to_channels_last
-from tetris.errors import FileFormatError, TetrisError, describe
+from tetris.errors import FileFormatError, TetrisError, UnsupportedError, describe
 from tetris.files import atomic_file
 from tetris.graph_json import ensure_module, module_to_json, node_to_json, rebuild_graph, with_tuples
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
@@ -74,12 +74,16 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
 
     Args:
         path: a file of :func:`save`.
-        model: the dense architecture; needed only if the saved model could not be traced. It is not changed.
+        model: the dense architecture, for a saved model that could not be traced; any other is rebuilt from the file
+            alone. It is not changed.
         device: where the tensors go.
     Raises:
         FileFormatError: missing, corrupt, another format or version, or tensors that do not match the description.
+        UnsupportedError: a GPU is asked for and there is none.
     """
     path = Path(path)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"load: wanted to load to {device}; this machine (or torch build) has no usable GPU")
     if not path.is_file():
         raise FileFormatError(f"load: wanted a model file at {path}; there is no such file")
     header, tensors = _read(path, device)

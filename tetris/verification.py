@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tetris.block_sparse_layer import BlockSparseLayer, FusedLayer
 from tetris.conversion import Conversion, ConvertedLayer
 from tetris.errors import ShapeError, TetrisError, describe
-from tetris.graph import ExampleInputs, as_arguments
 from tetris.masking import bake_masks
 from tetris.permutation import apply, inverse
 from tetris.quantization import quantized, stored_dtype
 from tetris.reference import activate
 from tetris.tolerances import relative_error, tolerance
+from tetris.tracing import ExampleInputs, as_arguments
 
 
 @dataclass(frozen=True)
