@@ -62,7 +62,7 @@ def test_linear_equals_the_masked_layer_with_any_leading_dimensions():
     for shape in [(40,), (3, 40), (2, 3, 40)]:
         x = torch.randn(shape)
         if len(shape) == 1:
-            with pytest.raises(ShapeError, match=r"\[\.\.\., C_IN\]"):
+            with pytest.raises(ShapeError, match=r"\[N, \.\.\., C_IN\]"):
                 layer(x)
         else:
             assert relative_error(layer(x), nn.functional.gelu(masked(x))) < tolerance(torch.float32)

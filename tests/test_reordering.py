@@ -208,6 +208,11 @@ def test_only_blocks_have_a_layout():
         _ = reorder(gaussian((8, 8)), 4, 0.5, structure="row").layout
 
 
+def test_a_printed_reordering_is_one_line_without_its_tensors():
+    shown = repr(reorder(gaussian((64, 64)), 16, 0.75, "sort"))
+    assert "block=(16, 16), sparsity=0.75, method='sort', retained=0." in shown and "tensor" not in shown
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_finds_the_same(method, device):

@@ -161,7 +161,7 @@ class BlockSparseLayer(FusedLayer):
 
     def _check_input(self, x: Tensor, dim: int, rank: int | None, name: str) -> None:
         if (rank is not None and x.dim() != rank) or x.dim() < 2 or x.shape[dim] != self.shape[1]:
-            wanted = "[N, C_IN, H, W]" if rank == 4 else "[..., C_IN]"
+            wanted = "[N, C_IN, H, W]" if rank == 4 else "[N, ..., C_IN]"
             raise ShapeError(f"{name}: wanted input {wanted} with C_IN = {self.shape[1]}; got {describe(x)}")
 
     def _use_prepared(self, x: Tensor) -> bool:

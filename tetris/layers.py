@@ -30,6 +30,8 @@ def _masked(weight: Tensor, reordering: Reordering, name: str) -> tuple[Tensor, 
     """(reordered masked weight, layout without empty rows, kept fraction) of a dense weight in the original order."""
     if tuple(weight.shape) != tuple(reordering.shape):
         raise ShapeError(f"{name}: the reordering is for a weight of {tuple(reordering.shape)}; got {describe(weight)}")
+    if weight.dtype not in ops.DTYPES:
+        raise UnsupportedError(f"{name}: wanted weights in float16, bfloat16 or float32; got {describe(weight)}")
     layout = reordering.layout
     ordered = apply(weight.detach() * reordering.keep_mask.to(weight.device), reordering.permutations)
     stored = layout.without_empty_rows()

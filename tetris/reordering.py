@@ -9,7 +9,7 @@ the answer is recomputed from the resulting mask.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,9 +53,9 @@ class Reordering:
     block: tuple[int, int]
     sparsity: float
     method: str
-    permutations: dict[int, torch.Tensor]
-    block_mask: torch.Tensor | None
-    keep_mask: torch.Tensor
+    permutations: dict[int, torch.Tensor] = field(repr=False)
+    block_mask: torch.Tensor | None = field(repr=False)
+    keep_mask: torch.Tensor = field(repr=False)
     retained: float
     certificate: object | None = None
     n_swaps: int = 0

@@ -57,11 +57,11 @@ def run(
     pixels = image.reshape(-1, image.shape[3])  # columns of a matrix are taken 30 times as fast as an image's channels
     parts = []
     for group, part_bias in zip(prepared.groups, prepared.biases(bias, x.dtype)):
-        inputs = group.inputs.take(pixels).view(*image.shape[:3], -1).permute(0, 3, 1, 2)
+        inputs = group.inputs.take(pixels).view(*image.shape[:3], group.weight.shape[1]).permute(0, 3, 1, 2)
         y = F.conv2d(inputs, group.weight, part_bias, stride, padding, dilation).permute(0, 2, 3, 1)
         parts.append(y.reshape(-1, y.shape[3]))
     rows = prepared.join(parts)
-    image = rows.view(*y.shape[:3], -1).permute(0, 3, 1, 2)
+    image = rows.view(*y.shape[:3], rows.shape[1]).permute(0, 3, 1, 2)
     return finish_(image, residual, activation, max_pool=max_pool)
 
 

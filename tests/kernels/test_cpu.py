@@ -33,6 +33,12 @@ def test_linear_layers_match_the_reference(case):
     assert relative_error(y, reference.block_sparse_linear(**operands)) <= tolerance(torch.float32)
 
 
+def test_an_empty_batch_gives_an_empty_result():
+    operands = conv2d_operands(ConvCase(c_out=48, c_in=32, block=(16, 16), extras=("bias",)), torch.float32, CPU)
+    y = conv2d.block_sparse_conv2d(**(operands | {"x": operands["x"][:0]}))
+    assert y.shape == (0, *reference.block_sparse_conv2d(**operands).shape[1:])
+
+
 @pytest.mark.parametrize("pixels", [1, 100, 10**7])
 def test_the_expected_size_does_not_change_the_result(pixels):
     case = ConvCase(c_out=160, c_in=80, block=(16, 16), extras=("bias",))

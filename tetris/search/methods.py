@@ -158,6 +158,8 @@ def check_options(
     """The checked options of a search; raises TetrisError."""
     if method not in METHODS:
         raise TetrisError(f"reorder: wanted a method of {', '.join(METHODS)}; got {method!r}")
+    if not isinstance(seed, int):
+        raise TetrisError(f"reorder: wanted an int as seed; got {describe(seed)}")
     if not isinstance(steps, int) or steps < 1:
         raise TetrisError(f"reorder: wanted steps >= 1; got {describe(steps)}")
     if seconds is not None and not seconds > 0:
