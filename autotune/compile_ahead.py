@@ -9,30 +9,30 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import suppress
+from itertools import accumulate
+from socket import SHUT_RDWR
 from typing import NamedTuple
 
 from tetris.autotune.compile_job import ANSWER, Job
+from tetris.autotune.compile_server import CLOSE_SECONDS, ENDED, STARTED, CompileServer
 from tetris.autotune.team import TICK_SECONDS, Team, processes_here
 
 MOST_WORKERS = 15
 """Each holds a GPU context and the operands of one layer."""
 JOB_SECONDS = 60.0
 """A job that takes longer hangs."""
-CLOSE_SECONDS = 10.0
-"""A killed process is gone by then, or never."""
 
 
 class Compiled(NamedTuple):
     """The outcome of a job: "" or why it failed, how long it took, and ``compile_job.PARTS`` of it.
 
-    To the parts the pool adds which of its "worker"s it was and when that was "started".
+    To the parts the pool adds which "worker" of which process ("rank") it was and when that was "started".
     """
 
     reason: str
@@ -46,80 +46,119 @@ LATE = Compiled("not compiled in time", 0.0)
 class Worker:
     """A process that takes one job after the other; one that died is replaced when the next job comes."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, server: CompileServer, device: str) -> None:
+        self.server, self.device = server, device
         self.start()
 
     def start(self) -> None:
-        """Start the process; it imports while nobody waits."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tetris.autotune.compile_job", self.device],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )  # fmt: skip
+        """Have the process started; nobody waits for it."""
+        self.started, self.process, self.ended = time.monotonic(), 0, False
+        self.socket = self.server.worker(self.device)
+        self.lines = self.socket.makefile("rw", errors="replace")
 
     def compile(self, job: Job, seconds: float = JOB_SECONDS) -> Compiled:
         """Have the job compiled and run once."""
-        if self.process.poll() is not None:
+        if self.ended:
             self.start()
-        started, process = time.monotonic(), self.process
-        assert process.stdin is not None and process.stdout is not None
-        alarm = threading.Timer(seconds, process.kill)
+        started, code = time.monotonic(), "nothing"
+        alarm = threading.Timer(seconds, self.kill)
         alarm.start()
         said: deque[str] = deque(maxlen=3)
         try:
-            process.stdin.write(json.dumps(job.to_json()) + "\n")
-            process.stdin.flush()
-            for line in process.stdout:
+            self.lines.write(json.dumps(job.to_json()) + "\n")
+            self.lines.flush()
+            for line in map(str.strip, self.lines):
                 if line.startswith(ANSWER):
                     reason, taken, parts = json.loads(line.removeprefix(ANSWER))
                     return Compiled(reason, taken, {"started": self.started, **parts})
-                said.append(line.strip())
-        except BrokenPipeError:
-            pass  # it died while idle: said below
+                if line.startswith(STARTED):
+                    self.process = int(line.removeprefix(STARTED))
+                elif line.startswith(ENDED):
+                    code = line.removeprefix(ENDED)
+                    break
+                elif line:
+                    said.append(line)
+        except OSError:
+            pass  # it died while idle, or its server did: said below
         finally:
             alarm.cancel()
-        code, taken = process.wait(), time.monotonic() - started
+        self.ended, taken = True, time.monotonic() - started
+        self.socket.close()
         if taken >= seconds:
             return Compiled(f"ended after {seconds:g} s", taken)
-        return Compiled(f"the worker ended with {code}: {' | '.join(said)[-300:]}", taken)
+        what = " | ".join(said) or self.server.said()
+        return Compiled(f"the worker ended with {code}: {what[-300:]}", taken)
+
+    def kill(self) -> None:
+        """End a process that hangs, or that has not even started."""
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)
+        else:
+            self.close()
 
     def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
+        """Let the process end: it waits for a job that will not come."""
+        with suppress(OSError):
+            self.socket.shutdown(SHUT_RDWR)
 
 
 class CompilePool:
-    """Workers that compile a team's jobs in their order; every process of the team has its own and claims from all.
+    """Workers that compile a team's jobs; every process of the team has its own and claims from all.
 
     Args:
-        jobs: the same list in every process of the team.
+        batches: jobs that one worker is to do after each other, because they want the same kernel; those that take
+            long first. The same in every process of the team.
         device: where the layers run.
         team: who shares the work; None = nobody.
         workers: processes; None = all processors this process may use but one, at most 15.
+        server: what starts them; None = one for this pool. Closing the pool closes it.
     """
 
-    def __init__(self, jobs: Sequence[Job], device: str, team: Team | None = None, workers: int | None = None) -> None:
-        self.jobs, self.device, self.team = list(jobs), device, team or Team.alone()
+    def __init__(
+        self,
+        batches: Sequence[Sequence[Job]],
+        device: str,
+        team: Team | None = None,
+        workers: int | None = None,
+        server: CompileServer | None = None,
+    ) -> None:
+        self.batches, self.device, self.team = list(batches), device, team or Team.alone()
+        self.jobs = [job for batch in self.batches for job in batch]
+        self.firsts = [0, *accumulate(map(len, self.batches))]
+        self.server = server or CompileServer(device.partition(":")[0])
         self._closed = False
-        count = min(default_workers() if workers is None else workers, len(self.jobs))
-        self._workers = [Worker(self.device) for _ in range(count)]
-        works = enumerate(self._workers)
-        self._threads = [threading.Thread(target=self._work, args=[*work], daemon=True) for work in works]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for number in range(min(default_workers() if workers is None else workers, len(self.batches))):
+            self._begin(self._work, number)
 
-    def _work(self, number: int, worker: Worker) -> None:
-        while not self._closed and (index := self.team.claim("job")) < len(self.jobs):
-            done = worker.compile(self.jobs[index])
-            if not self._closed:
-                done = done._replace(parts={"worker": number, **(done.parts or {})})
-                self.team.announce(f"job {index}", json.dumps(done))
-                self.team.tally("job", 1)
+    def _begin(self, work: Callable[[int], None], number: int) -> None:
+        thread = threading.Thread(target=work, args=[number], daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self, number: int) -> None:
+        """A worker's thread: batches until none is left; then the process ends, and leaves the GPU to others."""
+        worker = Worker(self.server, self.device)
+        while not self._closed and (index := self.team.claim("batch")) < len(self.batches):
+            self._compile(index, worker, number)
         worker.close()
+
+    def _inherited(self, index: int) -> None:
+        """The thread of a batch that a lost process left."""
+        worker = Worker(self.server, self.device)
+        self._compile(index, worker, -1)
+        worker.close()
+
+    def _compile(self, index: int, worker: Worker, number: int) -> None:
+        for place, job in enumerate(self.batches[index], self.firsts[index]):
+            if self._closed:
+                return
+            done = worker.compile(job)
+            if not self._closed:
+                done = done._replace(parts={"rank": self.team.rank, "worker": number, **(done.parts or {})})
+                self.team.announce(f"job {place}", json.dumps(done))
+                self.team.tally("job", 1)
 
     def results(
         self, on_progress: Callable[[int], None] = lambda done: None, seconds: float = math.inf
@@ -132,9 +171,19 @@ class CompilePool:
         end = time.monotonic() + seconds
         while not self.team.board.check(names) and time.monotonic() < end:
             on_progress(self.team.tally("job"))
+            self.team.sign()
+            for index in self.team.inherit("batch", self._missing()):
+                self._begin(self._inherited, index)
             time.sleep(TICK_SECONDS)
         texts = [self.team.heard(name) for name in names]
         return [LATE if text is None else Compiled(*json.loads(text)) for text in texts]
+
+    def _missing(self) -> list[int]:
+        """Batches that others may have left undone."""
+        if self.team.world == 1:
+            return []
+        last = [f"job {first - 1}" for first in self.firsts[1:]]
+        return [index for index, name in enumerate(last) if self.team.heard(name) is None]
 
     def wait(self, seconds: float | None = None) -> list[str]:
         """Wait for all jobs, at most ``seconds``, and close; what failed, in words."""
@@ -153,8 +202,7 @@ class CompilePool:
     def close(self) -> None:
         """Take no further job, end those under way, and wait until the processes have left the GPU."""
         self._closed = True
-        for worker in self._workers:
-            worker.process.kill()
+        self.server.close()
         for thread in self._threads:
             thread.join(CLOSE_SECONDS)
 
@@ -169,4 +217,4 @@ def default_workers() -> int:
 
 def start_workers(jobs: Sequence[Job], device: str = "cuda", workers: int | None = None) -> CompilePool:
     """Start compiling ``jobs``, duplicates once, and return at once; ``wait`` for the result before timing."""
-    return CompilePool(list(dict.fromkeys(jobs)), device, workers=workers)
+    return CompilePool([[job] for job in dict.fromkeys(jobs)], device, workers=workers)

@@ -1,8 +1,7 @@
 """One kernel to compile, described by plain data, and how a process compiles it: build the layer and run it once.
 
-``python -m tetris.autotune.compile_job DEVICE`` is a worker of :mod:`tetris.autotune.compile_ahead`: it reads a job a
-line from standard input and answers each with a line on standard output: the reason why it failed or "", the seconds it
-took, and what they went into (:data:`PARTS`).
+A worker (:func:`work`) reads a job a line from standard input and answers each with a line on standard output: the
+reason why it failed or "", the seconds it took, and what they went into (:data:`PARTS`).
 """
 
 from __future__ import annotations
@@ -175,10 +174,12 @@ def even_layout(shape: tuple[int, int], block: tuple[int, int], n_blocks: int, d
     return BlockLayout(shape, block, layout.indptr.to(device), layout.indices.to(device))
 
 
-def main() -> None:
-    """A worker. Whatever a compiler or a driver raises is the answer; after an error on the GPU the process ends."""
-    torch.set_num_threads(1)
-    device = sys.argv[1]
+def work(device: str) -> int:
+    """A worker. Whatever a compiler or a driver raises is the answer; after an error on the GPU it gives up.
+
+    Returns:
+        the process's exit code.
+    """
     if ":" in device:
         torch.cuda.set_device(device)
     torch.zeros(1, device=device)
@@ -187,7 +188,8 @@ def main() -> None:
         reason, seconds, parts = answer(Job.from_json(json.loads(line)), device)
         print(ANSWER, json.dumps([reason, seconds, {"ready": ready, **parts}]), flush=True)
         if "CUDA error" in reason:
-            sys.exit(1)
+            return 1
+    return 0
 
 
 def answer(job: Job, device: str) -> tuple[str, float, dict[str, float]]:
@@ -211,7 +213,3 @@ def answer(job: Job, device: str) -> tuple[str, float, dict[str, float]]:
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return next(iter(str(error).strip().splitlines()), "")
-
-
-if __name__ == "__main__":
-    main()

@@ -125,6 +125,18 @@ def _portable(problem: Problem, device: DeviceInfo, config: Config, tiles: int, 
     )
 
 
+def compile_seconds(config: Config) -> float:
+    """About how long a processor compiles a configuration's kernel; it only orders them."""
+    if config.kernel in ("hopper", "hopper_linear", "narrow"):
+        return 0.8 + _tile(config) / 250
+    return 0.3 + _tile(config) / 600
+
+
+def _tile(config: Config) -> int:
+    """Pixels or tokens."""
+    return config.tile_tokens if isinstance(config, LinearConfig) else config.tile_n * config.tile_h * config.tile_w
+
+
 def rank(problem: Problem, device: DeviceInfo, configs: list[Config]) -> list[Config]:
     """Configurations from the most promising on; equal estimates keep their order."""
     return sorted(configs, key=lambda config: estimate_us(problem, device, config))

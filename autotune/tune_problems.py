@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +18,8 @@ import torch
 from tetris.autotune.candidates import candidates
 from tetris.autotune.compile_ahead import Compiled, CompilePool
 from tetris.autotune.compile_job import Job, kernel_of
-from tetris.autotune.cost import estimate_us
+from tetris.autotune.compile_server import CompileServer
+from tetris.autotune.cost import compile_seconds, estimate_us
 from tetris.autotune.layer_bench import LayerBench, warm_up
 from tetris.autotune.problems import LayerInput, Problem, SparseLayer, fresh_config, pools, problem_of
 from tetris.autotune.space import Config, config_space
@@ -30,8 +30,8 @@ from tetris.autotune.timer import Timing
 from tetris.kernels.configs import DeviceInfo, LinearProblem
 from tetris.tuned_choices import Entry, problem_key
 
-LONG = ("hopper", "hopper_linear", "narrow")
-"""Kernels that take the compiler ten times as long as others: they come first, so that no worker ends on one."""
+TRIAL_SECONDS = 0.1
+"""About what running a compiled kernel once takes a worker."""
 BAND = 6
 """Where compiling is limited in time, the first so many of every problem go before the next."""
 FINALISTS = 4
@@ -128,19 +128,23 @@ class Search:
             self.ruled_out[item.key] = len(set(space) - set(self.tried[item.key]))
         self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
 
-    def compile(self, workers: int | None = None, seconds: float = math.inf) -> list[Compiled]:
+    def compile(
+        self, workers: int | None = None, seconds: float = math.inf, server: CompileServer | None = None
+    ) -> list[Compiled]:
         """Compile and try all configurations; what is left out here compiles when it is measured.
 
         Args:
             workers: processes; None = a sensible number, 0 = none: nothing is compiled.
             seconds: what is not compiled by then counts as failed; the most promising of every problem come first.
+            server: what starts the workers, if it was started earlier; it is closed.
         """
         if not self.wanted or workers == 0:
             return []
         jobs = {item.key: item.jobs(self.tried[item.key]) for item in self.wanted}
-        queue = self.in_turn(jobs, None if seconds == math.inf else BAND)
+        batches = self.batches(jobs, None if seconds == math.inf else BAND)
+        queue = [job for batch in batches for job in batch]
         with self.steps.timed("start"):
-            pool = CompilePool(queue, str(self.wanted[0].x.device), self.team, workers)
+            pool = CompilePool(batches, str(self.wanted[0].x.device), self.team, workers, server)
             warm_up(self.wanted[0].x.device)
         try:
             with self.steps.timed("wait"):
@@ -152,24 +156,23 @@ class Search:
         self.compiled = {key: [by_job[job] for job in mine] for key, mine in jobs.items()}
         return results
 
-    def in_turn(self, jobs: dict[str, list[Job]], band: int | None = None) -> list[Job]:
-        """All jobs: the defaults, then what takes long to compile, the most promising of every problem first.
+    def batches(self, jobs: dict[str, list[Job]], band: int | None = None) -> list[list[Job]]:
+        """All jobs, those of one kernel together, because two workers at once would both compile it; the longest first.
 
-        Jobs whose kernel an earlier one compiles come after all that compile one, and find it in the cache: workers
-        that took both at once would both compile it. With ``band`` so many jobs of every problem are put in this order,
-        then so many more, because time may run out.
+        With ``band`` what holds one of so many first jobs of a problem comes before the rest, and defaults before all,
+        because time may run out.
         """
         most = max(map(len, jobs.values()))
-        band = band or most
-        ranks = [(rank, item.key) for rank in range(most) for item in self.wanted if rank < len(jobs[item.key])]
-        order: list[tuple[tuple[int, int, bool, bool], Job]] = []
-        before: Counter[tuple[object, ...]] = Counter()
-        for rank, key in ranks:
-            job, kernel = jobs[key][rank], kernel_of(jobs[key][rank], self.device)
-            short = self.tried[key][rank].kernel not in LONG
-            order.append(((rank // band, before[kernel], rank > 0, short), job))
-            before[kernel] += 1
-        return [job for _, job in sorted(order, key=lambda entry: entry[0])]
+        kernels: dict[tuple[object, ...], list[Job]] = {}
+        turns: dict[tuple[object, ...], tuple[int, bool, float]] = {}
+        for rank, item in [(rank, item) for rank in range(most) for item in self.wanted if rank < len(jobs[item.key])]:
+            job, config = jobs[item.key][rank], self.tried[item.key][rank]
+            kernel = kernel_of(job, self.device)
+            kernels.setdefault(kernel, []).append(job)
+            first = (rank // band, rank > 0) if band else (0, False)
+            group, late, seconds = turns.setdefault(kernel, (*first, -compile_seconds(config)))
+            turns[kernel] = group, late, seconds - TRIAL_SECONDS
+        return [kernels[kernel] for kernel in sorted(kernels, key=turns.__getitem__)]
 
     def outcome(self, item: Wanted) -> Outcome:
         """What compiling alone says of a problem."""
@@ -192,7 +195,7 @@ class Search:
             done = [item.name for item, name in zip(self.wanted, names) if self.team.heard(name) is not None]
             self._report(done[-1] if done else "measure", len(done), len(names))
 
-        while (index := self.team.claim("problem")) < len(names):
+        for index in self.team.share("problem", names, report):
             report()
             item = self.wanted[index]
             with torch.cuda.device(item.x.device if item.x.device.type == "cuda" else -1):
@@ -202,7 +205,7 @@ class Search:
                 store.put([outcome.entry])
             on_outcome(outcome)
             self.team.announce(names[index], json.dumps(outcome.entry.to_json() if outcome.entry else None))
-        found = [json.loads(text) for text in self.team.wait_for(names, report)]
+        found = [json.loads(text) for text in self.team.wait_for(names)]
         report()
         return [Entry.from_json(data, "tune") for data in found if data is not None]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.device import device_info
 from tetris.autotune.problems import SparseLayer, capture_inputs, pools, problem_of
 from tetris.autotune.space import is_valid
@@ -129,6 +130,7 @@ def tune_model(
     team: Team | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    server: CompileServer | None = None,
 ) -> Tuning:
     """Search a configuration for every distinct problem of a converted model; store it and set it on the layers.
 
@@ -143,6 +145,8 @@ def tune_model(
         team: processes that share the work, each with the same model on its own GPU; None = this one alone.
         workers: processes that compile for this one; None = a sensible number, 0 = none.
         progress: called as ``progress(layer, problems done, problems in all)``.
+        server: what starts the workers, if it was started earlier; it is closed. It takes seconds to start: none of
+            them is lost if that happens while the model is loaded.
     Returns:
         what was chosen and tried.
     Raises:
@@ -164,9 +168,15 @@ def tune_model(
     device = device_info(next(iter(inputs.values())).device)
     known = {} if again else {key: _known(store, item, device) for key, item in distinct.items()}
     missing = json.loads(team.agree("missing", json.dumps([key for key in distinct if known.get(key) is None])))
-    search = Search([distinct[key] for key in missing], device, team, progress)
-    tuning.ruled_out = sum(search.ruled_out.values())
-    search.compile(workers)
+    if missing and workers != 0:
+        server = server or CompileServer(next(iter(inputs.values())).device.type)
+    try:
+        search = Search([distinct[key] for key in missing], device, team, progress)
+        tuning.ruled_out = sum(search.ruled_out.values())
+        search.compile(workers, server=server)
+    finally:
+        if server:
+            server.close()
     found = search.measure(store, tuning.add)
     by_key = {problem_key(entry.problem, entry.max_pool): entry for entry in found}
     for key, names in tuning.layers.items():

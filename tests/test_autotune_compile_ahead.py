@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tetris.autotune.compile_ahead import LATE, CompilePool, Worker, start_workers
 from tetris.autotune.compile_job import PARTS, Job, _layer_and_input, distinct_kernels, even_layout, run_once
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.team import Team
 from tetris.autotune.tune_problems import Wanted
@@ -17,6 +22,13 @@ from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, Line
 
 CONV = Conv2dProblem(2, 32, 64, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), (32, 16), "float32", 3)
 LINEAR = LinearProblem(4, 64, 48, (16, 32), "float32", 4)
+
+
+@pytest.fixture
+def server() -> Iterator[CompileServer]:
+    server = CompileServer("cpu")
+    yield server
+    server.close()
 
 
 def test_jobs_survive_json() -> None:
@@ -66,35 +78,32 @@ def test_workers_run_all_jobs_and_name_the_ones_that_fail() -> None:
 
 def test_a_pool_tells_every_job_s_outcome_and_time() -> None:
     bad = Job(LinearProblem(4, 64, 48, (16, 32), "no_such_dtype", 4))
-    pool = CompilePool([Job(CONV), bad, Job(LINEAR)], "cpu", workers=2)
+    pool = CompilePool([[Job(CONV), bad], [Job(LINEAR)]], "cpu", workers=2)
     seen: list[int] = []
     fine, failed, other = pool.results(seen.append)
     assert fine.reason == "" and fine.seconds > 0 and "no_such_dtype" in failed.reason
     assert pool.team.tally("job") == 3
     for done in (fine, failed, other):
-        assert done.parts is not None and done.parts["worker"] in (0, 1)
+        assert done.parts is not None and done.parts["worker"] in (0, 1) and done.parts["rank"] == 0
         assert set(PARTS) - set(done.parts) <= {"compiler", "launch"}, "the one that failed launched nothing"
         assert done.parts["started"] < done.parts["ready"] <= done.parts["began"] <= time.monotonic()
     assert other.reason == "" and seen == sorted(seen) and set(seen) <= {0, 1, 2, 3}
     pool.close()
 
 
-def test_a_job_that_hangs_is_ended_and_the_next_one_runs() -> None:
-    worker = Worker("cpu")
+def test_a_job_that_hangs_is_ended_and_the_next_one_runs(server: CompileServer) -> None:
+    worker = Worker(server, "cpu")
     hung = worker.compile(Job(CONV), seconds=0.01)
     assert "ended after 0.01 s" in hung.reason
     assert worker.compile(Job(CONV)).reason == ""
-    worker.process.kill()
-    worker.process.wait()
+    os.kill(worker.process, signal.SIGKILL)
+    assert "ended with -9" in worker.compile(Job(LINEAR)).reason
     assert worker.compile(Job(LINEAR)).reason == "", "a dead worker is replaced"
-    worker.close()
 
 
-def test_a_worker_that_cannot_start_says_why() -> None:
-    worker = Worker("no such device")
-    reason = worker.compile(Job(CONV)).reason
+def test_a_worker_that_cannot_start_says_why(server: CompileServer) -> None:
+    reason = Worker(server, "no such device").compile(Job(CONV)).reason
     assert "no such device" in reason or "Expected" in reason
-    worker.close()
 
 
 def test_jobs_that_take_too_long_are_left() -> None:
@@ -103,16 +112,29 @@ def test_jobs_that_take_too_long_are_left() -> None:
 
 
 def test_jobs_that_are_late_are_told_apart() -> None:
-    pool = CompilePool([Job(CONV), Job(LINEAR)], "cpu", workers=1)
+    pool = CompilePool([[Job(CONV)], [Job(LINEAR)]], "cpu", workers=1)
     assert pool.results(seconds=0.01) == [LATE, LATE]
     pool.close()
-    assert all(worker.process.poll() is not None for worker in pool._workers), "they have left the GPU"
+    assert pool.server.process.poll() is not None and not any(thread.is_alive() for thread in pool._threads)
 
 
-def test_two_pools_of_a_team_share_the_jobs() -> None:
-    team, jobs = Team.alone(), [Job(CONV), Job(LINEAR), Job(LINEAR, bias=False), Job(CONV, bias=False)]
-    pools = [CompilePool(jobs, "cpu", Team(rank, 2, team.board), workers=1) for rank in (0, 1)]
-    assert [done.reason for done in pools[1].results()] == [""] * 4
-    assert team.claim("job") >= 4, "all were claimed"
+def test_two_pools_of_a_team_share_the_batches_and_do_each_once() -> None:
+    team = Team.alone()
+    batches = [[Job(CONV), Job(LINEAR)], [Job(LINEAR, bias=False)], [Job(CONV, bias=False)]]
+    pools = [CompilePool(batches, "cpu", Team(rank, 2, team.board), workers=1) for rank in (0, 1)]
+    done = pools[1].results()
+    assert [outcome.reason for outcome in done] == [""] * 4 and team.tally("job") == 4
+    assert done[0].parts and done[1].parts and done[0].parts["rank"] == done[1].parts["rank"], "one worker's"
     for pool in pools:
         pool.close()
+
+
+def test_what_a_lost_process_had_claimed_another_one_compiles() -> None:
+    board = Team.alone().board
+    lost, left = Team(0, 2, board), Team(1, 2, board, lost_seconds=0.2)
+    assert lost.claim("batch") == 0, "and that was the last that was seen of it"
+    pool = CompilePool([[Job(CONV), Job(LINEAR)], [Job(LINEAR, bias=False)]], "cpu", left, workers=1)
+    done = pool.results(seconds=60)
+    assert [outcome.reason for outcome in done] == [""] * 3 and left.tally("job") == 3
+    assert {outcome.parts["rank"] for outcome in done if outcome.parts} == {1}
+    pool.close()

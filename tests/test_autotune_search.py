@@ -176,18 +176,18 @@ def test_spread_takes_different_tiles_first() -> None:
     assert spread([a, b, c], 2) == [a, c] and spread([a, b, c], 3) == [a, c, b]
 
 
-def test_defaults_and_long_compilations_come_first_and_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_shares_a_kernel_is_compiled_together_and_the_longest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, x = converted()
     layer = sparse_layers(fast)["0"]
     wanted = [Wanted(str(n), layer, LayerInput((n, 64), torch.float16, x.device, False)) for n in (300, 500)]
-    queues: list[list[Job]] = []
+    queues: list[list[list[Job]]] = []
 
     class Pool:
-        def __init__(self, jobs, device, team, workers) -> None:
-            queues.append(jobs)
+        def __init__(self, batches, device, team, workers, server) -> None:
+            queues.append(batches)
 
         def results(self, on_progress, seconds) -> list[Compiled]:
-            return [Compiled(str(index), 0.0) for index in range(len(queues[0]))]
+            return [Compiled(str(index), 0.0) for index in range(sum(map(len, queues[0])))]
 
         def close(self) -> None: ...
 
@@ -199,15 +199,16 @@ def test_defaults_and_long_compilations_come_first_and_every_kernel_once(monkeyp
     search.tried = {first: [a, b, long], second: [b, a, c, long]}
     search.compile()
     tokens = {item.key: item.problem.tokens for item in search.wanted}
-    order = [(first, a), (second, b), (first, long), (second, c), (second, long), (first, b), (second, a)]
-    assert [(job.problem.tokens, job.config) for job in queues[0]] == [(tokens[k], c.to_key()) for k, c in order]
-    assert [done.reason for done in search.compiled[first]] == ["0", "5", "2"]
-    assert [done.reason for done in search.compiled[second]] == ["1", "6", "3", "4"]
+    order = [[(first, long), (second, long)], [(second, b), (first, b)], [(first, a), (second, a)], [(second, c)]]
+    found = [[(job.problem.tokens, job.config) for job in batch] for batch in queues[0]]
+    assert found == [[(tokens[k], c.to_key()) for k, c in batch] for batch in order]
+    assert [done.reason for done in search.compiled[first]] == ["4", "3", "0"]
+    assert [done.reason for done in search.compiled[second]] == ["2", "5", "6", "1"]
     assert set(search.steps.seconds) == {"start", "wait", "close"}
     search.tried = {first: [a, b, c, long], second: []}
     jobs = {first: wanted[0].jobs(search.tried[first]), second: []}
-    for band, expected in ((None, [a, long, b, c]), (2, [a, b, long, c])):
-        assert [job.config for job in search.in_turn(jobs, band)] == [config.to_key() for config in expected]
+    for band, expected in ((None, [long, c, b, a]), (2, [a, b, long, c])):
+        assert [job.config for (job,) in search.batches(jobs, band)] == [config.to_key() for config in expected]
 
 
 def test_races_drop_losers_early_and_find_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:

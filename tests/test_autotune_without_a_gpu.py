@@ -20,6 +20,7 @@ from tetris import reference
 from tetris.autotune import compile_job, device, timer, tune_problems, tuner
 from tetris.autotune.compile_ahead import Compiled
 from tetris.autotune.compile_job import Job, distinct_kernels, even_layout, run_once
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import config_space
 from tetris.autotune.steps import Steps
@@ -155,12 +156,8 @@ def test_a_worker_answers_every_job_and_ends_after_an_error_on_the_gpu(
         done.append((job, device))
 
     monkeypatch.setattr(compile_job, "run_once", run)
-    monkeypatch.setattr(sys, "argv", ["compile_job", "cpu"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps(job.to_json()) for job in jobs)))
-    threads = torch.get_num_threads()
-    with pytest.raises(SystemExit):
-        compile_job.main()
-    torch.set_num_threads(threads)
+    assert compile_job.work("cpu") == 1
     assert done == [(jobs[0], "cpu")]
     answers = [json.loads(line.removeprefix(compile_job.ANSWER)) for line in capsys.readouterr().out.splitlines()]
     assert [reason for reason, *_ in answers[:1]] == [""] and "KeyError" in answers[1][0] and len(answers) == 3
@@ -200,8 +197,11 @@ def test_torchrun_tells_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class InstantPool:
     """A pool whose jobs are all compiled but for one, which failed."""
 
-    def __init__(self, jobs: list[Job], device: str, team: Team, workers: int | None) -> None:
-        self.jobs, self.closed, InstantPool.made = jobs, False, self
+    def __init__(
+        self, batches: list[list[Job]], device: str, team: Team, workers: int | None, server: CompileServer
+    ) -> None:
+        self.jobs, self.closed, InstantPool.made = [job for batch in batches for job in batch], False, self
+        assert server.process.poll() is None
 
     def results(self, on_progress, seconds: float) -> list[Compiled]:
         on_progress(4)

@@ -87,8 +87,8 @@ def test_what_failed_to_compile_before_is_not_measured(args: Namespace, tmp_path
 
 def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Pool:
-        def __init__(self, jobs, device, team, workers) -> None:
-            self.count = len(jobs)
+        def __init__(self, batches, device, team, workers, server) -> None:
+            self.count = sum(map(len, batches))
 
         def results(self, on_progress, seconds) -> list[Compiled]:
             return [Compiled("too large" if index == 0 else "", 1.5) for index in range(self.count)]
