@@ -250,7 +250,7 @@ def test_the_gpu_operators_launch_the_kernels_of_their_configs(h200, device):
     layer = sparse_linear().to(device)
     x = torch.randn(20, 96, device=device)
     operands = (layer.values.view(-1, 16, 16), layer.indptr, layer.indices, None)
-    run = ops.block_sparse_linear._init_fn
+    run = ops.run_linear
     got = run(x, *operands, None, None, None, [], 64, "relu", False, "", None)
     expected = reference.block_sparse_linear(x, *operands, out_features=64, activation="relu")
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
@@ -258,21 +258,21 @@ def test_the_gpu_operators_launch_the_kernels_of_their_configs(h200, device):
     values = torch.randn(2, 9, 16, 16, device=device)
     image = torch.randn(1, 16, 6, 6, device=device)
     indptr, indices = layout.indptr.to(device), layout.indices.to(device)
-    pooled = ops.block_sparse_conv2d._init_fn(
+    pooled = ops.run_conv2d(
         image, values, indptr, indices, None, None, None, None, [], 32, [3, 3], [1, 1], [1, 1], [1, 1], "none", True,
         False, "",
     )  # fmt: skip
     exact = reference.block_sparse_conv2d(image, values, indptr, indices, c_out=32, kernel_size=(3, 3), padding=(1, 1))
     torch.testing.assert_close(pooled.double(), torch.nn.functional.max_pool2d(exact, 2), rtol=1e-4, atol=1e-4)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0)).to(device)
-    assert torch.equal(ops.permute_channels._init_fn(x, order, 1), x[:, order])
+    assert torch.equal(ops.run_permutation(x, order, 1), x[:, order])
 
 
 @pytest.mark.usefixtures("triton_kernels")
 def test_the_stem_operator_launches_its_kernel(h200, device):
     weight, x = torch.randn(16, 3, 3, 3, device=device), torch.randn(1, 3, 8, 8, device=device)
     packed = stem.pack_stem(weight)
-    got = stem.stem_conv2d._init_fn(x, packed, None, [3, 3], [2, 2], [1, 1], [1, 1], "relu", False, False)
+    got = stem.run_stem(x, packed, None, [3, 3], [2, 2], [1, 1], [1, 1], "relu", False, False)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), None, 2, 1).relu()
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 

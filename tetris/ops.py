@@ -1,15 +1,16 @@
 """Block-sparse operations registered with torch: ``torch.ops.tetris.*``.
 
-Registration gives them shapes without data (fake kernels), gradients and an identity that torch.compile, CUDA graphs
-and torch.export can keep. A CUDA tensor runs a Triton kernel, a CPU tensor native dense operations on the kept inputs.
-Arguments are plain: packed values and their layout, permutations or None, a config as JSON ("" = analytic default).
+Registration (:mod:`tetris.registration`) gives them shapes without data, gradients, launches that are repeated, and an
+identity that torch.compile, CUDA graphs and torch.export can keep. A CUDA tensor runs a Triton kernel, a CPU tensor
+native dense operations on the kept inputs. Arguments are plain: packed values and their layout, permutations or None, a
+config as JSON ("" = analytic default).
 The functions ``run_...`` are what the operations do on a GPU; a recorder that is watching has them called directly.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from tetris.kernels.linear_paths import SCHEDULED, linear_launcher, refuses_weig
 from tetris.kernels.recording import watched
 from tetris.quantization import LARGEST, dequantize
 from tetris.reference import dense_weight, finish
+from tetris.registration import Operation
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -149,12 +151,6 @@ def run_conv2d(
     return F.max_pool2d(y, 2) if max_pool and "max_pool" not in extra else y
 
 
-block_sparse_conv2d = torch.library.custom_op(
-    "tetris::block_sparse_conv2d", run_conv2d, mutates_args=(), device_types="cuda"
-)
-
-
-@block_sparse_conv2d.register_kernel("cpu")
 def _conv2d_cpu(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
     c_out, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32, config,
@@ -169,7 +165,6 @@ def _conv2d_cpu(
     return F.max_pool2d(y, 2) if max_pool else y
 
 
-@block_sparse_conv2d.register_fake
 def _conv2d_shape(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
     c_out, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32, config,
@@ -179,15 +174,23 @@ def _conv2d_shape(
     return x.new_empty((x.shape[0], c_out, height, width)).to(memory_format=torch.channels_last)
 
 
-def _conv2d_dense(x, values, bias, residual, indptr, indices, input_permutation, output_permutation, arguments):
+def _conv2d_dense(
+    x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
+    c_out, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32, config,
+):  # fmt: skip
     """The same function through a dense weight, differentiable; what gradients are taken of."""
-    c_out, kernel_size, stride, padding, dilation, activation, max_pool = arguments[:7]
     if input_permutation is not None:
         x = x.index_select(1, input_permutation)
     weight = dense_weight(values, indptr, indices, (c_out, x.shape[1]), tuple(kernel_size))
     y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation))
     y = finish(y, bias, activation, residual, output_permutation, dim=1)
     return F.max_pool2d(y, 2) if max_pool else y
+
+
+block_sparse_conv2d = Operation(
+    "block_sparse_conv2d", run_conv2d, cpu=_conv2d_cpu, shape=_conv2d_shape, dense=_conv2d_dense,
+    memory_format=torch.channels_last,
+).op  # fmt: skip
 
 
 # -- linear -----------------------------------------------------------------------------------------------------------
@@ -243,12 +246,6 @@ def run_linear(
     )
 
 
-block_sparse_linear = torch.library.custom_op(
-    "tetris::block_sparse_linear", run_linear, mutates_args=(), device_types="cuda"
-)
-
-
-@block_sparse_linear.register_kernel("cpu")
 def _linear_cpu(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
     out_features, activation, allow_tf32, config, scales,
@@ -261,7 +258,6 @@ def _linear_cpu(
     )  # fmt: skip
 
 
-@block_sparse_linear.register_fake
 def _linear_shape(
     x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
     out_features, activation, allow_tf32, config, scales,
@@ -269,13 +265,22 @@ def _linear_shape(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _linear_dense(x, values, bias, residual, indptr, indices, input_permutation, output_permutation, arguments):
-    """The same function through a dense weight, differentiable; what gradients are taken of."""
-    out_features, activation = arguments[:2]
+def _linear_dense(
+    x, values, indptr, indices, bias, residual, input_permutation, output_permutation, schedule,
+    out_features, activation, allow_tf32, config, scales,
+):  # fmt: skip
+    """The same function through a dense weight, differentiable in all but quantised values and their scales."""
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation)
+    values = values if scales is None else dequantize(values, scales, indptr, x.dtype)
     weight = dense_weight(values, indptr, indices, (out_features, x.shape[-1]))
     return finish(F.linear(x, weight), bias, activation, residual, output_permutation, dim=-1)
+
+
+block_sparse_linear = Operation(
+    "block_sparse_linear", run_linear, cpu=_linear_cpu, shape=_linear_shape, dense=_linear_dense,
+    memory_format=torch.contiguous_format,
+).op  # fmt: skip
 
 
 # -- channel permutation ----------------------------------------------------------------------------------------------
@@ -287,66 +292,17 @@ def run_permutation(x: Tensor, permutation: Tensor, dim: int) -> Tensor:
     return launch(x, permutation, dim=dim)
 
 
-permute_channels = torch.library.custom_op(
-    "tetris::permute_channels", run_permutation, mutates_args=(), device_types="cuda"
-)
-
-
-@permute_channels.register_kernel("cpu")
 def _permute_cpu(x, permutation, dim):
     y = x.index_select(dim, permutation)
     return y.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else y
 
 
-@permute_channels.register_fake
 def _permute_shape(x, permutation, dim):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y.to(memory_format=torch.channels_last) if x.dim() == 4 else y
 
 
-def _permute_backward(context: Any, gradient: Tensor) -> tuple:
-    (permutation,) = context.saved_tensors
-    return torch.zeros_like(gradient).index_add(context.dim, permutation, gradient), None, None
-
-
-def _permute_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.dim = inputs[2]
-
-
-permute_channels.register_autograd(_permute_backward, setup_context=_permute_context)
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
-def _register_dense_gradient(op: Any, dense: Callable[..., Tensor]) -> None:
-    """Gradients of x, values, bias and residual by differentiating ``dense``, which recomputes the forward pass.
-
-    Training a converted layer therefore costs what the dense layer costs; fine-tune the masked model instead.
-    A tensor as the last argument is the scales of quantised values; neither get a gradient.
-    """
-    # x, values, indptr, indices, bias, residual, input_permutation, output_permutation; then the schedule
-    n_tensors = 8
-
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        scales = inputs[-1] if isinstance(inputs[-1], Tensor) else None
-        ctx.save_for_backward(*inputs[:n_tensors], scales)
-        ctx.schedule = [None] * len(inputs[n_tensors])
-        ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs[n_tensors + 1 :]]
-
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        x, values, indptr, indices, bias, residual, input_permutation, output_permutation, scales = ctx.saved_tensors
-        values = values if scales is None else dequantize(values, scales, indptr, x.dtype)
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
-        with torch.enable_grad():
-            leaves = [t if t is None else t.detach().requires_grad_() for t in (x, values, bias, residual)]
-            y = dense(*leaves, indptr, indices, input_permutation, output_permutation, ctx.arguments)
-            found = iter(torch.autograd.grad(y, [t for t, w in zip(leaves, wanted) if w and t is not None], gradient))
-        g_x, g_values, g_bias, g_residual = (next(found) if w else None for w in wanted)
-        rest = (None,) * len(ctx.arguments)
-        return (g_x, g_values, None, None, g_bias, g_residual, None, None, ctx.schedule, *rest)
-
-    op.register_autograd(backward, setup_context=setup_context)
-
-
-_register_dense_gradient(block_sparse_conv2d, _conv2d_dense)
-_register_dense_gradient(block_sparse_linear, _linear_dense)
+permute_channels = Operation(
+    "permute_channels", run_permutation, cpu=_permute_cpu, shape=_permute_shape,
+    dense=lambda x, permutation, dim: x.index_select(dim, permutation),
+).op  # fmt: skip

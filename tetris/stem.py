@@ -21,6 +21,8 @@ from tetris.kernels.device import device_info
 from tetris.layers import pair, supported_padding
 from tetris.ops import check_dtypes, directly
 from tetris.packing import pack_stem, unpack_stem
+from tetris.reference import finish
+from tetris.registration import Operation
 
 MOST_CHANNELS = 8
 """Input channels up to which all taps together are a short reduction."""
@@ -50,21 +52,29 @@ def run_stem(
     return F.max_pool2d(y, 2) if max_pool else y
 
 
-stem_conv2d = torch.library.custom_op("tetris::stem_conv2d", run_stem, mutates_args=(), device_types="cuda")
-
-
-@stem_conv2d.register_kernel("cpu")
 def _stem_cpu(x, weight, bias, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32):
     dense = unpack_stem(weight, x.shape[1], (kernel_size[0], kernel_size[1]))
     y = F.conv2d(x, dense, bias, tuple(stride), tuple(padding), tuple(dilation))
     return finish_(y, None, activation, max_pool=max_pool).contiguous(memory_format=torch.channels_last)
 
 
-@stem_conv2d.register_fake
 def _stem_shape(x, weight, bias, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32):
     height, width = conv2d_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     height, width = (height // 2, width // 2) if max_pool else (height, width)
     return x.new_empty((x.shape[0], weight.shape[0], height, width)).to(memory_format=torch.channels_last)
+
+
+def _stem_dense(x, weight, bias, kernel_size, stride, padding, dilation, activation, max_pool, allow_tf32):
+    """The same function, differentiable; what gradients are taken of."""
+    dense = unpack_stem(weight, x.shape[1], (kernel_size[0], kernel_size[1]))
+    y = F.conv2d(x, dense, bias, tuple(stride), tuple(padding), tuple(dilation))
+    y = finish(y, None, activation, None, None, dim=1)
+    return F.max_pool2d(y, 2) if max_pool else y
+
+
+stem_conv2d = Operation(
+    "stem_conv2d", run_stem, cpu=_stem_cpu, shape=_stem_shape, dense=_stem_dense, memory_format=torch.channels_last
+).op
 
 
 class StemConv2d(FusedLayer):
