@@ -1,4 +1,6 @@
-"""Searches for permutations: what they retain and how long they take (the latter: :mod:`tetris.bench.reorder_times`).
+"""Searches for permutations: what they retain and how long they take.
+
+How long is in :mod:`tetris.bench.reorder_times`.
 
 Share of the gap = (retained - retained without reordering) / (element-wise top-k - retained without reordering), at the
 same kept fraction; gain = that share / the paper's method's. Times are wall-clock times of the search on a weight that

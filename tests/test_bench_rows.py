@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tetris.bench import __main__ as bench
 from tetris.bench import cases, report
 from tetris.bench.rows import Row, read_csv, replaced, write_csv
 from tetris.errors import FileFormatError
@@ -56,6 +57,23 @@ def test_tables_show_wrong_rows_without_a_time() -> None:
     assert "2.00" in report.pivot(ROWS) and "wrong" in report.pivot(ROWS)
     assert report.best_speedups(ROWS)["conv1_1"].provider == "tetris"
     assert report.geometric_mean([2.0, 8.0, math.nan]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "written"),
+    [
+        (["--quick"], ROWS[:1], "out/bench/cpu.csv"),
+        ([], ROWS[:1], "results/cpu.csv"),
+        ([], [Row("cpu", "all", "tetris", status="skipped: needs a GPU")], None),
+    ],
+)
+def test_quick_and_skipped_runs_leave_the_results_alone(tmp_path, monkeypatch, capsys, options, rows, written) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "results_folder", lambda device: tmp_path / "results")
+    monkeypatch.setattr("tetris.bench.cpu_bench.run", lambda args: rows)
+    assert bench.main(["cpu", "--device", "cpu", *options]) == 0
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")] == ([written] if written else [])
+    assert written or "nothing is written" in capsys.readouterr().out
 
 
 def test_plot_is_a_picture(tmp_path) -> None:

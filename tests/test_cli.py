@@ -200,5 +200,6 @@ def test_the_module_runs_as_a_command() -> None:
 
 def test_bench_passes_its_arguments_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "--help") == 0
-    assert "python -m tetris.bench" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "python -m tetris.bench" in text and "The CPU path against dense PyTorch" in text
     assert run("bench", "nothing-of-that-name") == 2

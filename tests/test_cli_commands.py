@@ -84,6 +84,14 @@ def test_tune_prunes_as_prune_would_and_tells_the_store(
     assert "1.50" in text and "1 tuned choices" in text
 
 
+def test_tune_says_that_it_needs_a_gpu(
+    net: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run("tune", f"{net}:make_model") == 1
+    assert "tune: it times GPU kernels" in capsys.readouterr().err
+
+
 def test_tuned_choices_travel(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     TuningStore().put([ENTRY])
     file = tmp_path / "choices.json"

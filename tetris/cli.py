@@ -156,7 +156,9 @@ def tune(
     from tetris.commands import tune_user_model
     from tetris.user_model import parse_block, parse_sparsity
 
-    gpu = checked_device(local_gpu())
+    gpu = local_gpu()
+    if gpu != "cpu" and not torch.cuda.is_available():
+        raise TetrisError("tune: it times GPU kernels; this machine (or this torch build) has no usable GPU")
     if ":" in gpu:
         torch.cuda.set_device(gpu)
     user = _user_model(target, weights, input_shape, gpu, dtype, seed)
@@ -191,7 +193,7 @@ def info() -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Run a benchmark: `tetris bench NAME [options]`, the same as `python -m tetris.bench`."""
+    """Run a benchmark: `tetris bench NAME ...`, the same as `python -m tetris.bench`; --help lists them."""
     from tetris.bench.__main__ import main as run_bench
 
     raise typer.Exit(run_bench(list(context.args)))
