@@ -13,6 +13,7 @@ import tetris
 from tetris.errors import FileFormatError, TetrisError, UnsupportedError
 from tetris.models import MLP, VGG16, LanguageModel, LeNet, TransformerBlock, resnet18, resnet50
 from tetris.plans import LayerPlan, ModelPlan
+from tetris.specs import unprunable_layers
 from tetris.tolerances import relative_error, tolerance
 
 ZOO = {
@@ -203,6 +204,22 @@ def test_what_no_kernel_computes_in_is_refused_by_name():
     pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
     with pytest.raises(UnsupportedError, match=r"convert: 0: .*float16, bfloat16 or float32; got .*float64"):
         tetris.convert(pruned, example_inputs=x)
+
+
+def test_layers_that_cannot_be_pruned_are_listed_with_the_reason():
+    attention = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    convs = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=4)
+    model = nn.Sequential(*convs, nn.Flatten(2), nn.Linear(36, 32), attention)
+    x = torch.randn(2, 3, 10, 10)
+    pruned = tetris.prune(model.eval(), {"3": 0.5, "4.linear*": 0.5}, block=8, method="sort", permutations="separate")
+    fast = tetris.convert(pruned)
+    layers = fast.conversion.layers
+    assert layers["1"].reason == "4 groups" and layers["4.self_attn.out_proj"].reason.startswith("the attention reads")
+    assert not layers["3"].reason and tetris.verify(pruned, fast, x)
+    others = nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Embedding(3, 4), nn.Linear(4, 4))
+    assert unprunable_layers(others) == {
+        "0": "no block-sparse form of ConvTranspose2d", "1": "no block-sparse form of Embedding"
+    }  # fmt: skip
 
 
 def test_convert_wants_a_module():

@@ -29,14 +29,14 @@ from tetris.permutation import is_identity
 from tetris.plans import Block, ModelPlan
 from tetris.quantization import stored_dtype
 from tetris.reordering import Reordering, reorder
-from tetris.specs import match, prunable_layers
+from tetris.specs import match, prunable_layers, unprunable_layers
 from tetris.stem import StemConv2d
 from tetris.tracing import ExampleInputs
 
 
 @dataclass
 class ConvertedLayer:
-    """What became of one Conv2d or Linear layer.
+    """What became of one convolution, linear layer or embedding.
 
     Attributes:
         name: qualified name.
@@ -178,6 +178,8 @@ class _Converter:
         self.stored = stored
         self.target: nn.Module = graph.module if graph else model
         self.layers = {n: ConvertedLayer(n, "dense") for n in prunable_layers(self.target)}
+        for name, reason in unprunable_layers(self.target).items():
+            self.layers[name] = ConvertedLayer(name, "dense", reason=reason)
 
     def run(self) -> nn.Module:
         if self.graph is None:

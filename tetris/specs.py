@@ -32,7 +32,7 @@ def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
     Subclasses with a forward of their own are left out, and so is the inside of ``nn.MultiheadAttention``, which reads
     its projections' weights without calling them.
     """
-    attentions = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+    attentions = _inside_attentions(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -42,6 +42,27 @@ def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
         )
         and not name.startswith(attentions)
     }
+
+
+def unprunable_layers(model: nn.Module) -> dict[str, str]:
+    """Why the other convolutions, linear layers and embeddings of a model cannot be pruned, by name."""
+    prunable, attentions = prunable_layers(model), _inside_attentions(model)
+    reasons = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) or name in prunable:
+            continue
+        if name.startswith(attentions):
+            reasons[name] = "the attention reads its weight without calling it"
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            reasons[name] = f"{module.groups} groups"
+        else:
+            reasons[name] = f"no block-sparse form of {type(module).__name__}"
+    return reasons
+
+
+def _inside_attentions(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names inside ``nn.MultiheadAttention``."""
+    return tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
 
 
 def worth_pruning(shape: Sequence[int]) -> bool:
