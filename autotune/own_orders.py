@@ -2,7 +2,7 @@
 
 Sharing one permutation among all layers of a channel group moves nothing at run time. Where a layer is the only pruned
 one of a group the others are *folded* into its order, with several it is *shared*. A layer whose own order of inputs or
-outputs retains more importance may have it instead: *grouped*, in whole groups of 8 channels that the convolution's
+outputs retains more importance may have it instead: *grouped*, in whole groups of 16 channels that the convolution's
 store moves on its way, or *separate*, by a kernel of its own. It is worth that where, at equal retained importance, the
 blocks that it can prune more would save more time than the movement takes. But they are not pruned: the layer keeps the
 sparsity that was asked for, retains more, and the movement makes the network slower. So all movements together may take
@@ -41,6 +41,9 @@ MARGIN = 0.02
 """An own order must save this fraction of the layer's time beyond its cost; less is within the noise."""
 MOVED_SHARE = 0.01
 """Of the layers' time, what all movements of a network together may take."""
+GROUPED_COST = 0.16
+"""What storing groups of GROUP channels apart costs, of the time that a kernel of its own would take to move them: 16.6
+of 103.8 us where it was measured (``python -m tetris.bench conv --match permuted``)."""
 OUTPUT, INPUT = 0, 1
 """A weight's dimensions."""
 
@@ -137,7 +140,7 @@ class OrderChooser:
         move_time: what a movement takes.
         method: of :func:`tetris.reorder`.
         importance: "l1" or "l2".
-        stores_groups: whether a layer's kernel stores groups of channels in another order for nothing.
+        stores_groups: whether a layer's kernel stores groups of channels in another order.
         seed: of the search.
     """
 
@@ -167,7 +170,7 @@ class OrderChooser:
         moved_out = self.move_time(output_shape(layer, x, epilogue.max_pool)) * (2 if epilogue.residual else 1)
         kinds = [(INPUT, SEPARATE, self.move_time(x.shape)), (OUTPUT, SEPARATE, moved_out)]
         if fixed_output and self.stores_groups(plan, layer, x, epilogue):
-            kinds.append((OUTPUT, GROUPED, 0.0))
+            kinds.append((OUTPUT, GROUPED, GROUPED_COST * moved_out))
         return [self._option(plan, scores, shared, *kind) for kind in kinds]
 
     def _option(

@@ -14,6 +14,7 @@ import tetris
 from tests.support.fake_gpu import A100, H200
 from tetris.autotune.measure import Epilogue
 from tetris.autotune.own_orders import (
+    GROUPED_COST,
     INPUT,
     OUTPUT,
     OrderChooser,
@@ -31,7 +32,7 @@ from tetris.autotune.problems import LayerInput, capture_inputs
 from tetris.errors import FileFormatError
 from tetris.models import MLP
 from tetris.permutation import expand
-from tetris.plans import GROUPED, SEPARATE, SHARED, Candidate, LayerPlan, ModelPlan
+from tetris.plans import GROUP, GROUPED, SEPARATE, SHARED, Candidate, LayerPlan, ModelPlan
 from tetris.specs import prunable_layers
 
 
@@ -173,25 +174,26 @@ def test_grouped_outputs_move_in_whole_groups() -> None:
     plan = ModelPlan((LayerPlan("0", "conv2d", (32, 16, 3, 3), (8, 8), 0.5), layer))
     pruned = tetris.prune(model, plan=plan, method="sort", example_inputs=x)
     order = tetris.reorderings(pruned)["2"].permutations[0]
-    assert torch.equal(order, expand(order[::8] // 8, 8)) and not torch.equal(order, torch.arange(64))
+    assert torch.equal(order, expand(order[::GROUP] // GROUP, GROUP)) and not torch.equal(order, torch.arange(64))
     fast = tetris.convert(pruned, x, plan=plan)
     assert fast.conversion.layers["2"].permutes == "output" and tetris.verify(pruned, fast, x)
 
 
 def test_grouped_is_offered_for_outputs_that_keep_their_order(torn: MLP) -> None:
-    conv, x = nn.Sequential(nn.Conv2d(16, 64, 3)), torch.randn(1, 16, 6, 6)
-    with torch.no_grad():  # heavy and light groups of 8 outputs alternate; blocks hold two groups
-        conv[0].weight.mul_(torch.tensor([9.0, 1.0] * 4).repeat_interleave(8)[:, None, None, None])
-    candidates = (Candidate(None, 0.0, 1.0, 1.0, 100.0), Candidate((16, 8), 0.5, 0.5, 0.5, 60.0))
+    conv, x = nn.Sequential(nn.Conv2d(16, 128, 3)), torch.randn(1, 16, 6, 6)
+    with torch.no_grad():  # heavy and light groups of outputs alternate; blocks hold two groups
+        conv[0].weight.mul_(torch.tensor([9.0, 1.0] * 4).repeat_interleave(GROUP)[:, None, None, None])
+    candidates = (Candidate(None, 0.0, 1.0, 1.0, 100.0), Candidate((32, 8), 0.5, 0.5, 0.5, 60.0))
     plan = ModelPlan((
-        LayerPlan("0", "conv2d", (64, 16, 3, 3), (16, 8), 0.5, 1.0, (1, 16, 6, 6), candidates),
+        LayerPlan("0", "conv2d", (128, 16, 3, 3), (32, 8), 0.5, 1.0, (1, 16, 6, 6), candidates),
     ), method="sort")  # fmt: skip
     inputs = capture_inputs(conv, x, prunable_layers(conv))
-    found = own_orders(conv, x, plan, OrderChooser(lambda shape: 1e6, stores_groups=lambda *layer: True), inputs, {})[
+    found = own_orders(conv, x, plan, OrderChooser(lambda shape: 1.0, stores_groups=lambda *layer: True), inputs, {})[
         "0"
     ]
-    assert found.output_order == GROUPED and "costs 0.0" in found.reason
-    assert own_orders(conv, x, plan, OrderChooser(lambda shape: 1e6), inputs, {}) == plan
+    assert found.output_order == GROUPED and f"costs {GROUPED_COST:.1f}" in found.reason
+    for slow in (OrderChooser(lambda shape: 1e6, stores_groups=lambda *layer: True), OrderChooser(lambda shape: 1e6)):
+        assert own_orders(conv, x, plan, slow, inputs, {}) == plan
 
 
 def test_the_hopper_convolution_stores_groups_unless_a_residual_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ KINDS = ("conv2d", "linear")
 SHARED, GROUPED, SEPARATE = ORDERS = ("shared", "grouped", "separate")
 """Whose order a layer's channels have: all layers' that meet there (free at run time), or its own, in whole groups of
 channels that the kernel's store moves, or at the cost of a data movement. See :mod:`tetris.autotune.own_orders`."""
-GROUP = 8
-"""Channels that a grouped order moves together: 16 bytes in half precision, what one thread stores at once."""
+GROUP = 16
+"""Channels that a grouped order moves together: 32 bytes in half precision, a whole sector of memory."""
 
 Block = tuple[int, int]
 
