@@ -132,17 +132,6 @@ def _time_cuda(
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A captured CUDA graph. It keeps the function, whose tensors (weights, schedules) every replay reads again."""
-
-    graph: torch.cuda.CUDAGraph
-    function: Callable[[], object]
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-@dataclass(frozen=True)
 class Graphed:
     """A captured function. It keeps the function, and so all memory that the graph reads, alive."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tetris.layout import BlockLayout, ceil_div, grid_shape
+from tetris.layout import BlockLayout, grid_shape
 from tetris.pruning import units_to_keep
 
 
@@ -154,10 +154,6 @@ TRANSFORMER_LINEARS: tuple[LinearCase, ...] = (
     LinearCase("25088-4096", 25088, 4096, tokens=4096),
 )
 
-SQUARE_BLOCKS: tuple[tuple[int, int], ...] = ((16, 16), (32, 32), (64, 64), (128, 128))
-RECTANGULAR_BLOCKS: tuple[tuple[int, int], ...] = ((64, 16), (64, 32), (128, 16), (128, 32), (128, 64))
-BATCHES: tuple[int, ...] = (1, 8, 32, 128)
-
 
 def random_layout(shape: tuple[int, int], block: tuple[int, int], kept: float, seed: int = 0) -> BlockLayout:
     """A layout whose kept blocks are drawn uniformly without replacement; CPU tensors, deterministic by seed."""
@@ -197,8 +193,3 @@ def reordered_layout(
 
 
 LAYOUTS: dict[str, Callable[..., BlockLayout]] = {"random": random_layout, "reordered": reordered_layout}
-
-
-def row_imbalance(layout: BlockLayout) -> float:
-    """Most blocks in a block row / mean; 1 = even. Says how much an unscheduled kernel waits."""
-    return float(layout.indptr.diff().max()) / max(layout.n_blocks / ceil_div(layout.shape[0], layout.block[0]), 1e-9)

@@ -280,7 +280,7 @@ def _block_tile(block: tuple[int, int], row_inputs: float, item: int, descriptor
     return min(out, 128), min(k, 128 // item)
 
 
-def _largest_tile(pixels: int, rows: int, tile_out: int, item: int, descriptors: bool, device: DeviceInfo) -> int:
+def _largest_tile(pixels: int, rows: int, item: int, descriptors: bool, device: DeviceInfo) -> int:
     """The largest tile of pixels (or tokens) that leaves every multiprocessor two programs; at least 16.
 
     At most 256, so that 128 registers a thread hold the sums; half of that where the addresses of the pointer path or
@@ -321,7 +321,7 @@ def default_conv2d_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dC
     tile_out, tile_k = _block_tile(problem.block, row_inputs, item, descriptors)
     height, width = problem.output_size
     pixels = problem.batch * height * width
-    tile = _largest_tile(pixels, problem.block_rows, tile_out, item, descriptors, device)
+    tile = _largest_tile(pixels, problem.block_rows, item, descriptors, device)
     n, h, w = pixel_tile(problem.batch, height, width, tile)
     return Conv2dConfig(
         tile_n=n,
@@ -350,7 +350,7 @@ def default_linear_config(problem: LinearProblem, device: DeviceInfo) -> LinearC
     )
     row_inputs = problem.n_blocks / problem.block_rows * problem.block[1]
     tile_out, tile_k = _block_tile(problem.block, row_inputs, item, descriptors)
-    tile = _largest_tile(problem.tokens, problem.block_rows, tile_out, item, descriptors, device)
+    tile = _largest_tile(problem.tokens, problem.block_rows, item, descriptors, device)
     programs = 2 if problem.weight_dtype else 1
     return LinearConfig(
         tile_tokens=tile,

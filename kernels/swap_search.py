@@ -24,7 +24,6 @@ from tetris.layout import ceil_div
 
 UNKNOWN = -1
 """The key of an upper bound. Keys are i * 2^32 + j of the positions swapped: the smallest wins a tie."""
-NO_KEY = 2**62
 
 
 @dataclass(frozen=True)

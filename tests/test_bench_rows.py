@@ -55,7 +55,6 @@ def test_foreign_and_missing_files_are_refused(tmp_path) -> None:
 def test_tables_show_wrong_rows_without_a_time() -> None:
     assert "wrong" in report.table(ROWS, extra=["block"]) and "64x32" in report.table(ROWS, extra=["block"])
     assert "2.00" in report.pivot(ROWS) and "wrong" in report.pivot(ROWS)
-    assert report.best_speedups(ROWS)["conv1_1"].provider == "tetris"
     assert report.geometric_mean([2.0, 8.0, math.nan]) == pytest.approx(4.0)
 
 
@@ -74,10 +73,6 @@ def test_quick_and_skipped_runs_leave_the_results_alone(tmp_path, monkeypatch, c
     assert bench.main(["cpu", "--device", "cpu", *options]) == 0
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")] == ([written] if written else [])
     assert written or "nothing is written" in capsys.readouterr().out
-
-
-def test_plot_is_a_picture(tmp_path) -> None:
-    assert report.plot_speedups(tmp_path / "p.png", ROWS, "title").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_vgg16_cases_match_the_network() -> None:
@@ -109,4 +104,5 @@ def test_reordered_layout_is_less_even_than_a_random_one() -> None:
     pytest.importorskip("tetris.reordering")
     reordered = cases.reordered_layout((256, 256), (32, 32), 0.25)
     assert reordered.n_blocks == 16
-    assert cases.row_imbalance(reordered) > cases.row_imbalance(cases.random_layout((256, 256), (32, 32), 0.25))
+    random = cases.random_layout((256, 256), (32, 32), 0.25)
+    assert random.n_blocks == 16 and reordered.indptr.diff().max() > random.indptr.diff().max()
