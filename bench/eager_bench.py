@@ -1,28 +1,27 @@
-"""What a call of a layer costs the CPU: eager calls of every kernel's layer beside torch's dense one, not waited for.
+"""What a call of a layer costs the CPU: eager and compiled calls of every kernel's layer beside torch's dense one.
 
 A GPU is fed as fast as it computes only while a call takes Python less than its kernel takes the GPU. Measured are
-calls in a row without a synchronisation, so that nothing but the CPU's own time is in the result. "registered" calls
-go through torch's registered operation every time, as compiled models do; the others repeat a recording of the first.
+calls in a row without a synchronisation, so that nothing but the CPU's own time is in the result: of the layer itself
+(eager), through the registered operation (as exported programs call it), and compiled without a CUDA graph, a layer of
+a network of eight. Then whole networks, waited for.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
-import pstats
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import torch
 from torch import nn
 
 from tetris.autotune.device import device_name, versions
-from tetris.autotune.timer import Timing
 from tetris.bench.cases import random_layout
+from tetris.bench.eager_networks import network_rows
+from tetris.bench.host_time import CALLS, SHOWN, Call, host_us, profiled
+from tetris.bench.networks import NETWORKS
 from tetris.bench.rows import Row
 from tetris.block_sparse_layer import FusedLayer
 from tetris.kernels.configs import Conv2dConfig, LinearConfig
@@ -30,12 +29,8 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
 from tetris.stem import StemConv2d
 
-Call = Callable[[torch.Tensor], object]
-
-CALLS = 100
-"""In a row; a GPU's queue holds about a thousand launches before a call has to wait."""
-SHOWN = 25
-"""Lines of a printed profile."""
+COPIES = 8
+"""Layers in the network whose compiled call is timed, a layer: the call's own cost is shared by as many."""
 
 
 @dataclass(frozen=True)
@@ -86,40 +81,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--repeats", type=int, default=9, help=f"rounds of {CALLS} calls of each layer")
     parser.add_argument("--profile", action="store_true", help=f"the {SHOWN} functions that take longest, by layer")
+    parser.add_argument("--backend", default="inductor", help="torch.compile's; none = do not compile")
+    parser.add_argument("--only", nargs="*", help="parts of the names of the layers to measure; default: all")
+    parser.add_argument("--network", nargs="*", choices=sorted(NETWORKS), help="default: vgg16 on a GPU")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="of the networks")
 
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> list[Row]:
-    """Three rows a layer: the dense one and ours twice, in microseconds a call."""
+    """Up to five rows a layer, in microseconds of the CPU a call; then the networks'."""
     rows = []
     on_gpu = args.device == "cuda"
-    for case in QUICK if args.quick or not on_gpu else CASES:
-        dense, ours, x = layers(case, args.device, case.dtype if on_gpu else torch.float32)
-        calls: dict[str, Call] = {
-            "dense": dense,
-            "tetris registered": partial(ours._forward, residual=None),
-            "tetris": ours,
-        }
-        times = {provider: host_us(call, x, args.repeats) for provider, call in calls.items()}
-        for provider, timing in times.items():
-            rows.append(
-                Row(
-                    "eager",
-                    case.name,
-                    provider,
-                    timing.median_us,
-                    timing.p10_us,
-                    timing.p90_us,
-                    speedup=times["dense"].median_us / timing.median_us,
-                    device=device_name(args.device),
-                    versions=versions(),
-                    extra={"kernel": kernel_of(ours, x) if provider != "dense" else ""},
-                )
-            )
-        print(f"{case.name}:", *(f"{name} {timing.median_us:.1f}" for name, timing in times.items()), flush=True)
-        if args.profile:
-            print(profiled(calls["tetris registered"], x), profiled(ours, x), sep="\n", flush=True)
-    return rows
+    cases = QUICK if args.quick or not on_gpu else CASES
+    for case in cases if args.only is None else [c for c in cases if any(part in c.name for part in args.only)]:
+        rows += layer_rows(case, args)
+    networks = ["vgg16"] if args.network is None and on_gpu and not args.quick else args.network or []
+    for name in networks:
+        rows += network_rows(name, args)
+    columns = {key: "" for row in rows for key in row.extra}
+    return [replace(row, extra=columns | row.extra) for row in rows]
+
+
+def layer_rows(case: EagerCase, args: argparse.Namespace) -> list[Row]:
+    """The dense layer and ours: eager, compiled, and ours through the registered operation."""
+    dense, ours, x = layers(case, args.device, case.dtype if args.device == "cuda" else torch.float32)
+    calls: dict[str, Call] = {
+        "dense": dense,
+        "tetris": ours,
+        "tetris registered": partial(ours._forward, residual=None),
+    }
+    times = {provider: host_us(call, x, args.repeats) for provider, call in calls.items()}
+    if args.backend != "none":
+        for provider in ("dense", "tetris"):
+            network = compiled_copies(calls[provider], x, args.backend)  # type: ignore[arg-type]
+            times[f"{provider} compiled"] = host_us(network, x, args.repeats, CALLS // COPIES, COPIES)
+    print(f"{case.name}:", *(f"{name} {timing.median_us:.1f}" for name, timing in times.items()), flush=True)
+    if args.profile:
+        print(profiled(calls["tetris registered"], x), profiled(ours, x), sep="\n", flush=True)
+    return [
+        Row(
+            "eager",
+            case.name,
+            provider,
+            timing.median_us,
+            timing.p10_us,
+            timing.p90_us,
+            speedup=times["dense"].median_us / timing.median_us,
+            device=device_name(args.device),
+            versions=versions(),
+            extra={"kernel": kernel_of(ours, x) if provider.startswith("tetris") else ""},
+        )
+        for provider, timing in times.items()
+    ]
+
+
+class Copies(nn.Module):
+    """Copies of a layer, all called on the same input; whoever compiles it cannot leave one out."""
+
+    def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(COPIES))
+        self(x)  # what a layer makes at its first call is there before a compiler looks
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def compiled_copies(layer: nn.Module, x: torch.Tensor, backend: str) -> Call:
+    """COPIES of a layer as a compiled network without a CUDA graph."""
+    torch._dynamo.reset()
+    return torch.compile(Copies(layer, x), fullgraph=True, dynamic=False, backend=backend)
 
 
 def layers(case: EagerCase, device: str, dtype: torch.dtype) -> tuple[nn.Module, FusedLayer, torch.Tensor]:
@@ -163,34 +194,3 @@ def kernel_of(layer: nn.Module, x: torch.Tensor) -> str:
     key = layer.launch(x).config  # type: ignore[operator,union-attr]
     config = Conv2dConfig.from_key(key) if isinstance(layer, BlockSparseConv2d) else LinearConfig.from_key(key)
     return config.kernel
-
-
-def host_us(layer: Call, x: torch.Tensor, repeats: int, calls: int = CALLS) -> Timing:
-    """Microseconds of the CPU a call, the median of ``repeats`` rounds of ``calls``."""
-
-    def wait() -> None:
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-
-    for _ in range(3):
-        layer(x)
-    samples = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter_ns()
-        for _ in range(calls):
-            layer(x)
-        samples.append((time.perf_counter_ns() - start) / 1e3 / calls)
-    wait()
-    return Timing.of(samples)
-
-
-def profiled(layer: Call, x: torch.Tensor, calls: int = 2 * CALLS) -> str:
-    """Where the calls spend their time, as ``cProfile`` tells it (it slows short functions down)."""
-    profile, text = cProfile.Profile(), StringIO()
-    profile.enable()
-    for _ in range(calls):
-        layer(x)
-    profile.disable()
-    pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(SHOWN)
-    return text.getvalue()
