@@ -1,17 +1,22 @@
-"""Repeated calls on a GPU give, bit for bit, what the registered operations give."""
+"""Repeated calls on a GPU, eager and compiled, give bit for bit what launching everything anew gives."""
 
 from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tetris import ops, stem
 from tetris.autotune.timer import graphed
 from tetris.bench.eager_bench import CASES, EagerCase, kernel_of, layers
+from tetris.kernels.recording import unrecorded
 from tetris.layers import BlockSparseLinear
+from tetris.registration import Operation, remembered
 from tetris.reordering import reorder
 from tetris.stem import StemConv2d
 
@@ -27,8 +32,27 @@ def made(case: EagerCase) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def slow(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Through the registered operations."""
-    return layer._forward(x, residual)  # type: ignore[operator]
+    """Nothing repeated."""
+    with unrecorded():
+        return layer._forward(x, residual)  # type: ignore[operator]
+
+
+OPERATIONS = (ops.CONV2D, ops.LINEAR, ops.PERMUTATION, stem.STEM)
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that were run and not repeated, by name, in order; nothing is remembered of earlier calls."""
+    ran: list[str] = []
+    remembered.cache_clear()
+    for operation in OPERATIONS:
+
+        def run(operation: Operation = operation, run: Any = operation.run, **arguments: Any) -> torch.Tensor:
+            ran.append(operation.name)
+            return run(**arguments)
+
+        monkeypatch.setattr(operation, "run", run)
+    return ran
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -45,6 +69,21 @@ def test_every_kernel_is_repeated_with_the_same_result(case: EagerCase) -> None:
             expected = slow(layer, other, given)
             assert torch.equal(y, expected) and y.stride() == expected.stride()
     assert len(layer._calls) == (1 if isinstance(layer, StemConv2d) else 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@torch.no_grad()
+def test_every_operation_is_repeated_with_the_same_result(case: EagerCase, anew: list[str]) -> None:
+    layer, x, residual = made(case)
+    for given in (None,) if isinstance(layer, StemConv2d) else (None, residual):
+        for _ in range(2):
+            layer._forward(x, given)  # type: ignore[operator]
+        anew.clear()
+        for _ in range(3):
+            other = torch.randn_like(x)
+            y, repeated = layer._forward(other, given), list(anew)  # type: ignore[operator]
+            expected = slow(layer, other, given)
+            assert torch.equal(y, expected) and y.stride() == expected.stride() and repeated == []
 
 
 SPLIT = next(case for case in CASES if case.kernel == "split")
@@ -102,6 +141,88 @@ def test_gradients_and_compilers_go_through_the_operation() -> None:
         assert torch.equal(exported(x), expected)
         traced = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
         assert any("block_sparse_linear" in str(node.target) for node in traced.graph.nodes)
+
+
+COMPILED = [next(case for case in CASES if case.kernel == kernel) for kernel in ("hopper", "stem", "split", "vector")]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("case", [*COMPILED, CASES[-1]], ids=lambda case: case.name)
+@torch.no_grad()
+def test_compiled_layers_repeat_their_launches(case: EagerCase, mode: str, anew: list[str]) -> None:
+    layer, x, _ = made(case)
+    layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, mode=mode)
+    for index in range(5):
+        other = torch.randn_like(x)
+        y = compiled(other).clone()
+        assert torch.equal(y, slow(layer, other))
+        if index == 2 and mode == "default":
+            anew.clear()
+    assert mode != "default" or anew == []
+
+
+@torch.no_grad()
+def test_compiled_layers_see_changed_weights(anew: list[str]) -> None:
+    layer, x, _ = made(SPLIT)
+    before = layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        assert torch.equal(compiled(x), before)
+    layer.values.mul_(2)
+    assert torch.equal(compiled(x), slow(layer, x)) and not torch.equal(compiled(x), before)
+    layer.load_state_dict({name: 3 * t if name == "bias" else t for name, t in layer.state_dict().items()})
+    layer.bias.data = torch.full_like(layer.bias, 2.0)
+    layer(x)  # makes launches again
+    for _ in range(3):
+        assert torch.equal(compiled(x), slow(layer, x))
+    layer.cpu().cuda()
+    layer(x)
+    for _ in range(3):
+        assert torch.equal(compiled(x), slow(layer, x))
+
+
+@torch.inference_mode()
+def test_inference_mode_repeats_too(anew: list[str]) -> None:
+    layer, x, _ = made(CONV)
+    layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        y = compiled(x)
+    anew.clear()
+    assert torch.equal(compiled(x), y) and torch.equal(y, layer(x)) and anew == []
+
+
+@torch.no_grad()
+def test_exported_programs_repeat_their_launches(anew: list[str], tmp_path: Path) -> None:
+    layer, x, _ = made(CONV)
+    expected = layer(x)
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+    program = torch.export.load(tmp_path / "layer.pt2").module()
+    for _ in range(3):
+        y = program(x)
+    anew.clear()
+    assert torch.equal(program(x), y) and torch.equal(y, expected) and anew == []
+
+
+@torch.no_grad()
+def test_streams_run_repeated_operations_side_by_side(anew: list[str]) -> None:
+    layer, x, _ = made(CONV)
+    xs = [torch.randn_like(x) for _ in range(4)]
+    twins = [copy.deepcopy(layer) for _ in xs]  # one layer must not run twice at the same time
+    expected = [slow(twin, other) for twin, other in zip(twins, xs)]
+    got: list[torch.Tensor] = []
+    torch.cuda.synchronize()
+    for _ in range(3):
+        got = []
+        for twin, other in zip(twins, xs):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                got.append(twin._forward(other, None))
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected)) and anew[8:] == []
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64])

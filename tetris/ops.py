@@ -187,10 +187,11 @@ def _conv2d_dense(
     return F.max_pool2d(y, 2) if max_pool else y
 
 
-block_sparse_conv2d = Operation(
+CONV2D = Operation(
     "block_sparse_conv2d", run_conv2d, cpu=_conv2d_cpu, shape=_conv2d_shape, dense=_conv2d_dense,
     memory_format=torch.channels_last,
-).op  # fmt: skip
+)  # fmt: skip
+block_sparse_conv2d = CONV2D.op
 
 
 # -- linear -----------------------------------------------------------------------------------------------------------
@@ -277,10 +278,11 @@ def _linear_dense(
     return finish(F.linear(x, weight), bias, activation, residual, output_permutation, dim=-1)
 
 
-block_sparse_linear = Operation(
+LINEAR = Operation(
     "block_sparse_linear", run_linear, cpu=_linear_cpu, shape=_linear_shape, dense=_linear_dense,
     memory_format=torch.contiguous_format,
-).op  # fmt: skip
+)  # fmt: skip
+block_sparse_linear = LINEAR.op
 
 
 # -- channel permutation ----------------------------------------------------------------------------------------------
@@ -302,7 +304,8 @@ def _permute_shape(x, permutation, dim):
     return y.to(memory_format=torch.channels_last) if x.dim() == 4 else y
 
 
-permute_channels = Operation(
+PERMUTATION = Operation(
     "permute_channels", run_permutation, cpu=_permute_cpu, shape=_permute_shape,
     dense=lambda x, permutation, dim: x.index_select(dim, permutation),
-).op  # fmt: skip
+)  # fmt: skip
+permute_channels = PERMUTATION.op

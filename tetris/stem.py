@@ -72,9 +72,10 @@ def _stem_dense(x, weight, bias, kernel_size, stride, padding, dilation, activat
     return F.max_pool2d(y, 2) if max_pool else y
 
 
-stem_conv2d = Operation(
+STEM = Operation(
     "stem_conv2d", run_stem, cpu=_stem_cpu, shape=_stem_shape, dense=_stem_dense, memory_format=torch.channels_last
-).op
+)
+stem_conv2d = STEM.op
 
 
 class StemConv2d(FusedLayer):
