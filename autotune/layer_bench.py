@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from tetris.autotune.compile_job import first_line
 from tetris.autotune.problems import LayerInput, SparseLayer
@@ -17,6 +15,7 @@ from tetris.autotune.race import heat_us, race
 from tetris.autotune.space import Config
 from tetris.autotune.steps import Steps
 from tetris.autotune.timer import Timing, graphed
+from tetris.kernels.recording import unrecorded
 from tetris.ops import dtype_name
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 4e-3}
@@ -27,7 +26,8 @@ TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 4e-3}
 class LayerBench:
     """Times configurations of one layer; all must give what the first that ran gave: start with the default.
 
-    On a GPU they run from CUDA graphs: a launch of a Gluon kernel takes Python longer than many a kernel runs.
+    On a GPU they run from CUDA graphs: a launch of a Gluon kernel takes Python longer than many a kernel runs. Kernels
+    are called as they are: to register or to record the call costs time, and the graph holds the same launches.
 
     Attributes:
         failures: configurations that do not run or answer wrongly, with the reason.
@@ -60,7 +60,7 @@ class LayerBench:
             times = heat_us(runs, self.x.device, repeats)
         return {config: times[config.to_key()] for config in configs if config.to_key() in times}
 
-    def layer_with(self, config: Config) -> nn.Module:
+    def layer_with(self, config: Config) -> SparseLayer:
         """The layer with another configuration; its tensors are shared."""
         layer = copy.copy(self.layer)
         layer.config, layer._launches = config.to_key(), {}
@@ -68,7 +68,7 @@ class LayerBench:
 
     @torch.no_grad()
     def _prepared(self, configs: Sequence[Config]) -> dict[str, Callable[[], object]]:
-        with self.steps.timed("prepare"), self.steps.watching_the_compiler():
+        with self.steps.timed("prepare"), self.steps.watching_the_compiler(), unrecorded():
             for config in configs:
                 if config not in self._runs and config not in self.failures:
                     try:
@@ -77,9 +77,9 @@ class LayerBench:
                         self.failures[config] = f"{type(problem).__name__}: {first_line(problem)}"
         return {config.to_key(): self._runs[config] for config in configs if config in self._runs}
 
-    def _prepare(self, config: Config, layer: nn.Module) -> None:
+    def _prepare(self, config: Config, layer: SparseLayer) -> None:
         """Run once, compare, and capture."""
-        y = layer(self.images).float()
+        y = layer._forward(self.images, None).float()
         if self.reference is None:
             self.reference = y
         error = float((y - self.reference).norm() / self.reference.norm().clamp_min(1e-30))
@@ -88,14 +88,13 @@ class LayerBench:
             return
 
         def run() -> object:
-            return layer(self.images)
+            return layer._forward(self.images, None)
 
         self._runs[config] = graphed(run, self._pool) if self.images.is_cuda else run
 
 
 def warm_up(device: torch.device) -> None:
-    """What the first measurement of a process pays for once: imports, the GPU's own kernels, a first graph."""
-    importlib.import_module("torch._dynamo")  # the first call of a registered operation would, and takes seconds
+    """What the first measurement of a process pays for once: Triton's driver, the GPU's own kernels, a first graph."""
     if device.type == "cuda":
         from triton.runtime.driver import driver
 

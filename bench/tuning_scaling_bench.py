@@ -1,15 +1,18 @@
-"""Tuning on several GPUs: seconds of one full search of some suites, with 1, 2, ... processes under torchrun.
+"""Tuning on several GPUs: seconds of full searches, of one suite or several, with 1, 2, ... processes under torchrun.
 
 Every run starts with an empty store and an empty cache of compiled kernels. A process gets the same number of
-processors however many processes there are; compiling and measuring are timed apart. What the processes say is read
-line by line, so that a run that is cut off leaves what it had finished.
+processors however many processes there are; compiling and measuring are timed apart. As in ``tetris tune`` the server
+that forks workers starts before the layers are made; a search's seconds begin when they are there, the command's when
+it is entered. What the processes say is read line by line, so that a run that is cut off leaves what it had finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,40 +27,69 @@ from typing import Any
 import torch
 
 from tetris.autotune.compile_ahead import default_workers
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.device import device_info, device_name, versions
+from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team, local_gpu
 from tetris.autotune.tune_problems import Outcome, Search
 from tetris.bench.report import table
 from tetris.bench.rows import FAILED, SKIPPED, Row, write_csv
 from tetris.bench.tuning_cases import SUITES
+from tetris.bench.tuning_rows import job_rows
 
 RESULT = "result "
 GRACE_SECONDS = 15.0
 KERNELS = "TETRIS_BENCH_KERNELS"
 """Where the search's kernels go; what making the layers compiles is no part of it."""
+LOG = "TETRIS_BENCH_LOG"
+"""Where the first process writes what every worker of the team did when."""
+WALL = ("seconds", "compile_wall_seconds", "measure_wall_seconds")
+PARTS = ("space", "ready", "start", "wait", "close", "input", "prepare", "race", "final")
+"""What a process's search goes into, in seconds: the configuration spaces; until its last worker was ready; until this
+process was, and from then until all was compiled; until the workers had left; and the measurement's own steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["vgg16"])
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        type=suites_of,
+        default=[["vgg16"]],
+        help="searches, each of one suite or of A+B+C",
+    )
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="GPUs to use, one run each")
     parser.add_argument("--budget", type=int, help="configurations to measure a layer; default: a full search")
     parser.add_argument("--run-seconds", type=float, default=300, help="a run that takes longer is ended")
+    parser.add_argument("--log", action="store_true", help="write what every worker did when, a CSV a run")
+
+
+def suites_of(text: str) -> list[str]:
+    """ "vgg16+resnet50" -> their names."""
+    names = text.split("+")
+    if unknown := set(names) - set(SUITES):
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(sorted(SUITES))}; got {', '.join(unknown)}")
+    return names
 
 
 def run(args: argparse.Namespace) -> list[Row]:
     """A row a run; the CSV grows as they come."""
     rows: list[Row] = []
-    most, suites = max(args.processes), "+".join(args.suite)
-    if torch.cuda.device_count() < most:
-        rows.append(Row("tuning scaling", suites, f"{most} processes", status=f"{SKIPPED}: not so many GPUs"))
-        write_csv(args.out / "tuning_scaling.csv", rows)
-        return rows
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    most = max(args.processes)
+    for suites in args.suite:
+        name, alone = "+".join(suites), math.nan
+        if torch.cuda.device_count() < most:
+            rows.append(Row("tuning scaling", name, f"{most} processes", status=f"{SKIPPED}: not so many GPUs"))
+            write_csv(args.out / "tuning_scaling.csv", rows)
+            continue
         for processes in args.processes:
-            row = summary(suites, processes, run_processes(processes, args, most, Path(folder)))
-            rows.append(replace(row, speedup=(rows or [row])[0].median_us / row.median_us))
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                entered = time.monotonic()
+                found = run_processes(processes, suites, args, most, Path(folder))
+                row = summary(name, processes, found, time.monotonic() - entered)
+            alone = row.median_us if processes == args.processes[0] else alone
+            rows.append(replace(row, speedup=alone / row.median_us))
             write_csv(args.out / "tuning_scaling.csv", rows)
             print(show(rows[-1:]), flush=True)
     return rows
@@ -65,18 +97,18 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def show(rows: list[Row]) -> str:
     """Seconds and their parts."""
-    parts = ["seconds", "compile_wall_seconds", "measure_wall_seconds", "compile_seconds", "problems", "processors"]
-    return table(rows, extra=parts)
+    return table(rows, extra=[*WALL, "command_seconds", "compile_seconds", "problems", "processors"])
 
 
-def run_processes(processes: int, args: argparse.Namespace, most: int, folder: Path) -> list[dict[str, Any]]:
+def run_processes(
+    processes: int, suites: list[str], args: argparse.Namespace, most: int, folder: Path
+) -> list[dict[str, Any]]:
     """What every process of one run said of itself: a dictionary for each that got as far as compiling."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "tetris.bench.tuning_scaling_bench", str(args.budget or 0), str(most), *args.suite]
-    environment = os.environ | {
-        "TETRIS_CACHE_DIR": str(folder / f"store {processes}"),
-        KERNELS: str(folder / f"kernels {processes}"),
-    }
+    command += ["-m", "tetris.bench.tuning_scaling_bench", str(args.budget or 0), str(most), *suites]
+    environment = os.environ | {"TETRIS_CACHE_DIR": str(folder / "store"), KERNELS: str(folder / "kernels")}
+    if args.log:
+        environment[LOG] = str(args.out / f"tuning_scaling_jobs_{'_'.join(suites)}_{processes}.csv")
     found: dict[int, dict[str, Any]] = {}
     for line in lines_of(command, environment, args.run_seconds):
         if line.startswith(RESULT):
@@ -113,36 +145,49 @@ def lines_of(command: list[str], environment: dict[str, str], seconds: float) ->
             process.wait()
 
 
-def summary(suites: str, processes: int, found: list[dict[str, Any]]) -> Row:
-    """The slowest process's seconds; what compiling took on all processors together."""
-    name = f"{processes} process{'es' if processes > 1 else ''}"
+def summary(name: str, processes: int, found: list[dict[str, Any]], command_seconds: float) -> Row:
+    """The slowest process's seconds, and those of every step; what compiling took on all processors together."""
+    provider = f"{processes} process{'es' if processes > 1 else ''}"
     extra: dict[str, Any] = {"processes": processes}
-    for key in ("seconds", "compile_wall_seconds", "measure_wall_seconds"):
+    for key in (*WALL, *(f"{part}_seconds" for part in PARTS)):
         extra |= {key: max(one[key] for one in found if key in one)} if any(key in one for one in found) else {}
     extra |= {key: sum(one.get(key, 0) for one in found) for key in ("compile_seconds", "workers", "processors")}
+    extra["command_seconds"] = command_seconds
     ended = [one for one in found if "seconds" in one]
     if len(ended) < processes:
         status = f"{FAILED}: {len(ended)} of {processes} processes ended well"
-        return Row("tuning scaling", suites, name, status=status, extra=extra)
+        return Row("tuning scaling", name, provider, status=status, extra=extra)
     extra["problems"] = "+".join(str(one["problems"]) for one in found)
     where = device_name("cuda"), versions()
-    return Row("tuning scaling", suites, name, 1e6 * extra["seconds"], device=where[0], versions=where[1], extra=extra)
+    return Row(
+        "tuning scaling", name, provider, 1e6 * extra["seconds"], device=where[0], versions=where[1], extra=extra
+    )
 
 
 def own_processors(share_of: int, index: int) -> int:
-    """Keep this process and its workers to one of ``share_of`` equal shares of the processors; returns how many."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // share_of
-    os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
+    """Keep this process and its workers to one of ``share_of`` equal shares of the processors; returns how many.
+
+    Processors that are threads of one core go to one share: otherwise one process would have whole cores, two halves.
+    """
+    threads = sorted(os.sched_getaffinity(0), key=lambda thread: (first_sibling(thread), thread))
+    share = len(threads) // share_of
+    os.sched_setaffinity(0, threads[index * share : (index + 1) * share])
     return share
+
+
+def first_sibling(thread: int) -> int:
+    """The first thread of a thread's core; where the system does not tell, every thread is a core."""
+    path = Path(f"/sys/devices/system/cpu/cpu{thread}/topology/thread_siblings_list")
+    return int(re.split("[,-]", path.read_text())[0]) if path.exists() else thread
 
 
 def main() -> None:
     """One process of a run: budget (0 = a full search), largest number of processes, suites."""
     budget, most, suites = int(sys.argv[1]) or None, int(sys.argv[2]), sys.argv[3:]
     gpu = torch.device(local_gpu())
-    torch.cuda.set_device(gpu)
     processors = own_processors(most, gpu.index)
+    server = CompileServer(gpu.type)
+    torch.cuda.set_device(gpu)
     cases = [case for suite in suites for case in SUITES[suite]]
     wanted = [case.wanted(str(gpu), torch.float16, budget=budget) for case in cases]
     outcomes: list[Outcome] = []
@@ -156,16 +201,30 @@ def main() -> None:
     def say(**facts: float) -> None:
         print(RESULT + json.dumps({"rank": team.rank} | facts), flush=True)
 
+    def say_steps(steps: Steps) -> None:
+        say(**{f"{name}_seconds": seconds for name, seconds in steps.seconds.items() if name in PARTS})
+
     search = Search(wanted, device_info(gpu), team)
-    search.compile()
+    search.steps.add("space", time.monotonic() - started)
+    results = search.compile(server=server)
     compiled_at = time.monotonic()
+    mine = [(done.seconds, done.parts) for done in results if done.parts and done.parts["rank"] == team.rank]
+    search.steps.add("ready", max((parts["ready"] for _, parts in mine), default=started) - started)
+    say_steps(search.steps)
     say(compile_wall_seconds=compiled_at - started, workers=default_workers(), processors=processors)
     search.measure(TuningStore(), outcomes.append)
     ended = time.monotonic()
+    if LOG in os.environ and team.rank == 0:
+        write_csv(Path(os.environ[LOG]), job_rows(search, started))
+    parts = Steps()
+    for outcome in outcomes:
+        for name, seconds in outcome.steps.seconds.items():
+            parts.add(name, seconds)
+    say_steps(parts)
     say(
         seconds=ended - started,
         measure_wall_seconds=ended - compiled_at,
-        compile_seconds=sum(outcome.compile_seconds for outcome in outcomes),
+        compile_seconds=sum(taken for taken, _ in mine),
         problems=len(outcomes),
     )
 

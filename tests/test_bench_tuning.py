@@ -60,12 +60,12 @@ def test_every_layer_and_suite_gets_its_rows_and_the_choices_are_stored(args: Na
 def test_failures_are_listed_with_their_reason(
     args: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: torch.nn.Module, x: torch.Tensor, residual: None) -> torch.Tensor:
         if '"num_stages":' in self.config:
             raise RuntimeError("too many resources requested\nfor launch")
         return x
 
-    monkeypatch.setattr(BlockSparseLinear, "forward", forward)
+    monkeypatch.setattr(BlockSparseLinear, "_forward", forward)
     args.layers = "fc"
     rows = tuning_bench.run(args)
     assert rows[0].status == "failed: nothing ran" and rows[0].extra["failed"] == 3

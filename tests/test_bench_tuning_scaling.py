@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import pytest
@@ -26,37 +27,55 @@ def answers(rank: int, seconds: float, measured: float, problems: int) -> list[s
 
 
 def options(out: Path, processes: list[int]) -> Namespace:
-    return Namespace(suite=["vgg16", "resnet50"], processes=processes, budget=None, run_seconds=60, out=out)
+    suite = [["vgg16"], ["vgg16", "resnet50"]]
+    return Namespace(suite=suite, processes=processes, budget=None, run_seconds=60, out=out, log=True)
 
 
 def test_without_the_gpus_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    (row,) = tuning_scaling_bench.run(options(tmp_path, [1, 2]))
-    assert row.status.startswith("skipped") and len(read_csv(tmp_path / "tuning_scaling.csv")) == 1
+    rows = tuning_scaling_bench.run(options(tmp_path, [1, 2]))
+    assert all(row.status.startswith("skipped") for row in rows)
+    assert [row.case for row in read_csv(tmp_path / "tuning_scaling.csv")] == ["vgg16", "vgg16+resnet50"]
+
+
+def test_searches_are_named_by_their_suites() -> None:
+    assert tuning_scaling_bench.suites_of("vgg16+resnet50") == ["vgg16", "resnet50"]
+    with pytest.raises(ArgumentTypeError, match="got vgg61"):
+        tuning_scaling_bench.suites_of("vgg16+vgg61")
 
 
 def test_runs_are_compared_with_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process takes 40 s; two take 21 and 20; the last run loses three processes, one of them after compiling."""
+    """One process takes 40 s; two take 21 and 20; the last run loses three processes, one of them after compiling.
+
+    The longer search, of two suites, takes one process 100 s, two 50, and is then lost.
+    """
     one, two = answers(0, 40, 30, 15), [*answers(1, 20, 16, 7), *answers(0, 21, 15, 8)]
-    texts = iter([one, two, [*answers(0, 9, 8, 9), answers(1, 9, 8, 9)[0]]])
+    texts = iter([one, two, [*answers(0, 9, 8, 9), answers(1, 9, 8, 9)[0]], answers(0, 100, 50, 30)])
+    texts = itertools.chain(texts, [[*answers(0, 50, 25, 15), *answers(1, 50, 25, 15)], []])
     caches: list[str] = []
+    suites: list[list[str]] = []
 
     def lines_of(command, environment, seconds):
         caches.extend((environment["TETRIS_CACHE_DIR"], environment[tuning_scaling_bench.KERNELS]))
-        assert command[-4:] == ["0", "4", "vgg16", "resnet50"] and seconds == 60
+        caches.append(environment[tuning_scaling_bench.LOG])
+        budget, most, *names = command[command.index("tetris.bench.tuning_scaling_bench") + 1 :]
+        assert (budget, most, seconds) == ("0", "4", 60)
+        suites.append(names)
         return iter(["noise\n", *next(texts)])
 
     monkeypatch.setattr(tuning_scaling_bench, "lines_of", lines_of)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(tuning_scaling_bench, "device_name", lambda device: "gpu")
     rows = tuning_scaling_bench.run(options(tmp_path, [1, 2, 4]))
-    assert [row.extra.get("seconds") for row in rows] == [40, 21, 9] and rows[0].case == "vgg16+resnet50"
+    assert [row.extra.get("seconds") for row in rows] == [40, 21, 9, 100, 50, None]
+    assert suites == [["vgg16"]] * 3 + [["vgg16", "resnet50"]] * 3 and rows[3].case == "vgg16+resnet50"
+    assert rows[3].speedup == 1 and rows[4].speedup == 2 and rows[5].status.startswith("failed: 0 of 4")
     assert rows[0].speedup == 1 and rows[1].speedup == pytest.approx(40 / 21) and math.isnan(rows[2].speedup)
     assert rows[1].extra["problems"] == "8+7" and rows[1].extra["compile_seconds"] == 60
     assert rows[1].extra["measure_wall_seconds"] == 16 and rows[1].extra["processors"] == 32
     assert rows[2].status == "failed: 1 of 4 processes ended well" and rows[2].extra["compile_wall_seconds"] == 1
-    assert len(set(caches)) == 6, "every run has an empty store and compiles for itself"
-    assert len(read_csv(tmp_path / "tuning_scaling.csv")) == 3
+    assert len(set(caches)) == 18, "every run has an empty store, compiles for itself and has its own log"
+    assert len(read_csv(tmp_path / "tuning_scaling.csv")) == 6
 
 
 def runs(process: int) -> bool:
