@@ -1,7 +1,8 @@
-"""``python -m tetris.bench.readme``: fill the README's tables from the committed CSV files, so that no number is typed.
+"""``python -m tetris.bench.readme``: fill the tables of FILES from the committed CSV files, so that no number is typed.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``; TABLES says which CSV and columns make it.
-``--check`` changes nothing and fails where the README differs from what the CSV files say.
+The README shows what a reader needs to judge, ``bench/TABLES.md`` the same tables with every row. ``--check`` changes
+nothing and fails where a file differs from what the CSV files say.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tetris.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+FILES = (ROOT / "README.md", ROOT / "bench" / "TABLES.md")
 
 Format = Callable[[Any], str]
 
@@ -45,6 +47,11 @@ def microseconds(value: Any) -> str:
     return _number(value, lambda v: f"{v:.0f}" if v >= 100 else f"{v:.1f}")
 
 
+def milliseconds(value: Any) -> str:
+    """1234.5 us -> "1.2"; from 100 ms on without a digit."""
+    return _number(value, lambda v: f"{v / 1e3:.0f}" if v >= 1e5 else f"{v / 1e3:.1f}")
+
+
 def scientific(value: Any) -> str:
     """0.000578 -> "5.8e-04"."""
     return _number(value, lambda v: f"{v:.1e}")
@@ -58,7 +65,7 @@ def _number(value: Any, show: Callable[[float], str]) -> str:
 
 @dataclass(frozen=True)
 class ReadmeTable:
-    """One table of the README.
+    """One table of the README or of ``bench/TABLES.md``.
 
     Attributes:
         csv: file of bench rows, relative to ``bench/results``.
@@ -120,13 +127,18 @@ TABLES: dict[str, ReadmeTable] = {
             ("gain / the paper's", "mean_gain", times),
             ("worst case", "worst_gain", times),
             ("retained at twice the edge / the paper's", "twice_the_edge", percent),
-            ("us", "median_us", microseconds),
+            ("ms", "median_us", milliseconds),
         ),
         keep=lambda row: row.case in ("suite: all but planted", "suite: trained") and row.provider != "none",
     ),
     "h200-reorder": ReadmeTable(
         csv="h200/reorder.csv",
-        columns=(("search", "case", str), ("method", "provider", str), ("us", "median_us", microseconds)),
+        columns=(("search", "case", str), ("method", "provider", str), ("ms", "median_us", milliseconds)),
+        keep=lambda row: row.case.startswith("VGG16 all"),
+    ),
+    "h200-reorder-all": ReadmeTable(
+        csv="h200/reorder.csv",
+        columns=(("search", "case", str), ("method", "provider", str), ("ms", "median_us", milliseconds)),
         keep=lambda row: row.case.startswith(("VGG16 all", "VGG16 fc6", "VGG16 together")),
     ),
     "h200-reorder-quality": ReadmeTable(
@@ -136,11 +148,20 @@ TABLES: dict[str, ReadmeTable] = {
             ("method", "provider", str),
             ("gain / the paper's", "mean_gain", times),
             ("worst case", "worst_gain", times),
-            ("us", "median_us", microseconds),
+            ("ms", "median_us", milliseconds),
         ),
         keep=lambda row: row.case in ("suite: gaussian", "suite: trained") and row.provider not in ("none", "sort"),
     ),
     "h200-linear": ReadmeTable(
+        csv="h200/linear.csv",
+        columns=(
+            ("tokens x layer, block, kept, layout", "case", str),
+            ("us", "median_us", microseconds),
+            ("speedup over cuBLAS", "speedup", times),
+        ),
+        keep=lambda row: row.provider == "tetris" and row.status == "ok",
+    ),
+    "h200-linear-all": ReadmeTable(
         csv="h200/linear.csv",
         columns=(
             ("tokens x layer, block, kept, layout", "case", str),
@@ -184,6 +205,16 @@ TABLES: dict[str, ReadmeTable] = {
         ),
     ),
     "cpu-permutations": ReadmeTable(
+        csv="cpu/permutations.csv",
+        columns=(
+            ("network", "case", str),
+            ("pruned layers", "layers", str),
+            ("importance kept, shared", "retained", percent),
+            ("share of the gain", "gain_kept", percent_0),
+        ),
+        keep=lambda row: row.provider == "shared",
+    ),
+    "cpu-permutations-all": ReadmeTable(
         csv="cpu/permutations.csv",
         columns=(
             ("network", "case", str),
@@ -233,15 +264,17 @@ def fill(text: str, tables: dict[str, ReadmeTable], results: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Fill or check; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tetris.bench.readme", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is out of date")
+    parser.add_argument("--file", type=Path, action="append", help="only this one; may be repeated")
     args = parser.parse_args(arguments)
-    text = args.readme.read_text(encoding="utf-8")
-    filled = fill(text, TABLES, RESULTS)
-    if args.check:
-        return int(filled != text)
-    write_text(args.readme, filled)
-    return 0
+    outdated = False
+    for path in args.file or FILES:
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text, TABLES, RESULTS)
+        outdated = outdated or filled != text
+        if not args.check:
+            write_text(path, filled)
+    return int(args.check and outdated)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tetris.bench.readme import RESULTS, TABLES, ReadmeTable, fill, main, percent, times
+from tetris.bench.readme import FILES, RESULTS, TABLES, ReadmeTable, fill, main, percent, times
 from tetris.bench.rows import Row, write_csv
 from tetris.errors import FileFormatError
 
@@ -38,13 +38,14 @@ def test_there_is_one_example_of_about_twenty_lines() -> None:
 
 
 def test_tables_are_what_the_csv_files_say() -> None:
-    assert fill(README, TABLES, RESULTS) == README, "run `python -m tetris.bench.readme`"
-    shown = re.findall(r"<!-- table ([\w-]+) -->", README)
+    texts = [path.read_text(encoding="utf-8") for path in FILES]
+    assert README in texts and [fill(t, TABLES, RESULTS) for t in texts] == texts, "run `python -m tetris.bench.readme`"
+    shown = [name for text in texts for name in re.findall(r"<!-- table ([\w-]+) -->", text)]
     assert sorted(shown) == sorted(TABLES), "every table is shown once"
 
 
 def test_links_lead_to_files() -> None:
-    targets = [t for t in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in t]
+    targets = [t for t in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README) if "://" not in t]
     missing = [target for target in targets if not (ROOT / target).exists()]
     assert targets and not missing
 
@@ -98,8 +99,8 @@ def test_bad_markers_and_missing_files_are_errors(tmp_path: Path) -> None:
 def test_check_tells_an_outdated_readme(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     copy.write_text(README, encoding="utf-8")
-    assert main(["--check", "--readme", str(copy)]) == 0
+    assert main(["--check", "--file", str(copy)]) == 0
     copy.write_text(README.replace("<!-- end demo -->", "stray\n<!-- end demo -->"), encoding="utf-8")
-    assert main(["--check", "--readme", str(copy)]) == 1
-    assert main(["--readme", str(copy)]) == 0
+    assert main(["--check", "--file", str(copy)]) == 1
+    assert main(["--file", str(copy)]) == 0
     assert copy.read_text(encoding="utf-8") == README
