@@ -20,7 +20,7 @@ from tetris.kernels.configs import (
     LinearConfig,
     LinearProblem,
 )
-from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
+from tetris.kernels.conv2d_paths import choose_conv2d_config, config_for_layout, conv2d_refuses
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear, supported_padding
 from tetris.layout import grid_shape
 from tetris.ops import dtype_name
@@ -108,9 +108,9 @@ def fresh_config(
         return LinearConfig.from_key(launch.config)
     pooled = pools(layer)
     found = shipped_conv2d_choice(problem, device, pooled) if shipped else None
-    if found is not None and conv2d_refuses(problem, device, found, max_pool=pooled) is None:
-        return found
-    return choose_conv2d_config(problem, device, max_pool=pooled)
+    if found is None or conv2d_refuses(problem, device, found, max_pool=pooled) is not None:
+        found = choose_conv2d_config(problem, device, max_pool=pooled)
+    return config_for_layout(found, problem, device, layer.indptr, layer.indices)
 
 
 def problem_at(layer: nn.Conv2d | nn.Linear, x: LayerInput, block: tuple[int, int], sparsity: float) -> Problem:

@@ -21,7 +21,7 @@ from tetris.bench.cases import LAYOUTS, random_layout
 from tetris.bench.conv_cases import Case
 from tetris.bench.rows import Row
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
-from tetris.kernels.conv2d_paths import choose_conv2d_config
+from tetris.kernels.conv2d_paths import choose_conv2d_config, config_for_layout
 from tetris.kernels.hopper.conv2d import block_sparse_conv2d, conv2d_schedule, launch_arguments
 from tetris.kernels.hopper.heuristics import complete_tile
 from tetris.kernels.hopper.pieces import FEW_TILES
@@ -143,9 +143,11 @@ def candidates(case: Case, most: int) -> list[Conv2dConfig]:
 
     At short batches three times as many, of different tiles: there the model ranks them badly.
     """
-    problem, info = case_problem(case, case_layout(case).n_blocks), device_info("cuda")
+    layout, info = case_layout(case), device_info("cuda")
+    problem = case_problem(case, layout.n_blocks)
     options = {"max_pool": case.pool, "allow_tf32": case.dtype == "float32"}
     chosen = choose_conv2d_config(problem, info, **options)
+    chosen = config_for_layout(chosen, problem, info, layout.indptr, layout.indices)
     other = [replace(chosen, tile_w=128 + 256 - chosen.tile_w)] if chosen.kernel == "hopper_linear" else []
     found = [*dict.fromkeys([chosen, *other, *ranked_configs(problem, info, **options)])]
     if case.layer.batch <= SHORT_BATCH and most > 1:

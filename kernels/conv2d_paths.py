@@ -12,7 +12,7 @@ import torch
 
 from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, DeviceInfo, default_conv2d_config
 from tetris.kernels.hopper.heuristics import supports as hopper_supports
-from tetris.kernels.hopper.pointwise_conv2d import as_linear, is_pointwise
+from tetris.kernels.hopper.pointwise_conv2d import as_linear, fastest_pointwise, is_pointwise
 from tetris.kernels.hopper.pointwise_conv2d import supports as pointwise_supports
 from tetris.kernels.hopper.tile_choice import ranked_configs
 from tetris.layout import ceil_div
@@ -76,6 +76,15 @@ def choose_conv2d_config(
         return config
     ranked = ranked_configs(problem, device, max_pool=max_pool, allow_tf32=allow_tf32)
     return ranked[0] if ranked else default_conv2d_config(problem, device)
+
+
+def config_for_layout(
+    config: Conv2dConfig, problem: Conv2dProblem, device: DeviceInfo, indptr: torch.Tensor, indices: torch.Tensor
+) -> Conv2dConfig:
+    """What a layer with this layout runs where a rule or a table, which know no layout, say ``config``."""
+    if config.kernel == "hopper_linear":
+        return fastest_pointwise(problem, config, indptr, indices, device.sm_count)[0]
+    return config
 
 
 def conv2d_launcher(kernel: str) -> Callable[..., torch.Tensor]:

@@ -162,7 +162,9 @@ def cutting_pays(problem: LinearProblem, longest_row: int) -> bool:
 def depends_on_layout(problem: LinearProblem, config: LinearConfig, longest_row: int) -> bool:
     """Whether a config that was fastest for a problem may be slow on another layout of it.
 
-    The best tile and cut of rows differ by 10 % between even and uneven rows (H200, 128 tokens, 4096 -> 4096 at 27 %,
-    tiles of 64 / 128: random 11.8 / 13.2 us, reordered 14.4 / 13.9), more than an estimate for the layout errs.
+    The best tile and cut of rows differ by 10 to 20 % between even and uneven rows (H200, 128 tokens, 4096 -> 4096 at
+    27 %, tiles of 64 / 128: random 11.8 / 13.2 us, reordered 14.4 / 13.9), more than an estimate for the layout errs.
     """
-    return config.kernel in ("split", "vector") or (config.kernel == "decode" and cutting_pays(problem, longest_row))
+    return config.kernel in ("split", "vector", "hopper") or (
+        config.kernel == "decode" and cutting_pays(problem, longest_row)
+    )

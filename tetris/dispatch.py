@@ -16,21 +16,13 @@ from tetris.kernels.configs import (
     DeviceInfo,
     LinearConfig,
     LinearProblem,
-    default_linear_config,
 )
 from tetris.kernels.conv2d_paths import choose_conv2d_config, conv2d_refuses
 from tetris.kernels.device import device_info
-from tetris.kernels.few_tokens import depends_on_layout, fastest_split, fastest_vector
+from tetris.kernels.few_tokens import depends_on_layout
 from tetris.kernels.hopper.heuristics import supports as hopper_conv2d_supports
-from tetris.kernels.hopper.linear_schedule import LinearSchedule
-from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
-from tetris.kernels.linear_paths import (
-    choose_linear_config,
-    hardly_shares,
-    linear_refuses,
-    linear_schedule,
-    narrow_choice,
-)
+from tetris.kernels.hopper.pointwise_conv2d import fastest_pointwise, pointwise_schedule
+from tetris.kernels.linear_paths import linear_refuses, linear_schedule, untuned_linear
 from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
 
@@ -73,9 +65,11 @@ def conv2d_launch(
     config = Conv2dConfig.from_key(key) if key else shipped_conv2d_choice(problem, device, max_pool)
     options = dict(max_pool=max_pool, allow_tf32=allow_tf32)
     if config is None or conv2d_refuses(problem, device, config, **options) is not None:
-        config = choose_conv2d_config(problem, device, **options, permuted=output_group > 0)
+        config, key = choose_conv2d_config(problem, device, **options, permuted=output_group > 0), ""
     if config.kernel == "hopper_linear":
-        return Launch(config.to_key(), pointwise_schedule(problem, config, indptr, indices, device.sm_count).tensors)
+        arguments = (problem, config, indptr, indices, device.sm_count)
+        config, pixels = (config, pointwise_schedule(*arguments)) if key else fastest_pointwise(*arguments)
+        return Launch(config.to_key(), pixels.tensors)
     if config.kernel != "hopper":
         return Launch(config.to_key())
     from tetris.kernels.hopper.conv2d import conv2d_schedule
@@ -109,19 +103,7 @@ def linear_launch(
     if config is not None and not key and depends_on_layout(problem, config, longest_row):
         config = None  # tuned on another layout
     if config is None or linear_refuses(problem, device, config) is not None:
-        config = choose_linear_config(problem, device, longest_row=longest_row)
-        if config.kernel == "split":
-            config, split = fastest_split(problem, device, indptr, indices)
-            return Launch(config.to_key(), split.tensors)
-        if config.kernel == "vector":
-            config, rows = fastest_vector(problem, device, indptr)
-            return Launch(config.to_key(), rows.tensors)
-    schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
-    if schedule is None:
-        return Launch(config.to_key())
-    if not key and isinstance(schedule, LinearSchedule):
-        if narrow := narrow_choice(problem, device, schedule, indptr, indices):
-            return Launch(narrow[0].to_key(), narrow[1].tensors)
-        if hardly_shares(schedule):
-            return Launch(default_linear_config(problem, device).to_key())
-    return Launch(config.to_key(), schedule.tensors)
+        config, schedule = untuned_linear(problem, device, indptr, indices)
+    else:
+        schedule = linear_schedule(problem, config, indptr, indices, device.sm_count)
+    return Launch(config.to_key(), [] if schedule is None else schedule.tensors)

@@ -19,12 +19,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from tetris.kernels.hopper.linear_clocks import STAGE_K, STRIP, LinearClocks, stage_bytes
 from tetris.kernels.hopper.schedule import Schedule, make_schedule
-from tetris.kernels.splitting import PartCosts, choose_parts, cut
+from tetris.kernels.splitting import choose_parts, cut
 from tetris.layout import ceil_div
 
-STRIP = 64
-STAGE_K = 64
 TASK_FIELDS = 16
 BYTES_PER_CLOCK = 37
 """What the L2 cache delivers to one of an H200's 132 multiprocessors while all of them fetch (8.2 TB/s in all)."""
@@ -32,14 +31,10 @@ CLOCKS_PER_ROW = 2.1
 """What the copy engine takes for a row of a tile, however short: narrow tiles fetch slower than the cache delivers."""
 CLOCKS_PER_PRODUCT = 2.0
 """One strip x one token x 64 inputs on the matrix unit: 512 clocks for 256 tokens."""
-FIXED_CLOCKS, SYNCHRONISE_CLOCKS = 2000, 1500
-"""A task's prologue and epilogue; the fence, the counter and the first of the other pieces' sums."""
 STAYS_IN_L2 = 16 << 20
 """Bytes of x; an H200 has 50 MB in two halves, and weights and outputs pass through them, too."""
 WORTH_MIXING = 1.03
 """What balance must gain for tasks to leave the order of the tokens."""
-MERGE_BYTES_PER_CLOCK = 64
-"""What the L2 cache delivers to one multiprocessor while few of them fetch, at the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +54,7 @@ class LinearSchedule:
         tile_tokens: tokens per task.
         fetched_stages: input tiles that the pairs fetch per token tile.
         products: (strip, 64 inputs) products per token tile; over the kept weights' share it says what padding costs.
+        clocks: estimate of a launch.
     """
 
     entries: torch.Tensor
@@ -67,6 +63,7 @@ class LinearSchedule:
     tile_tokens: int
     fetched_stages: int
     products: float
+    clocks: float
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -204,17 +201,16 @@ def _products(stages: Stages, tile_k: int) -> float:
     return sum(stage[0] >> 8 for stage in stages) * tile_k / STAGE_K
 
 
-def _clocks(stages: Stages, tile_k: int, gather: bool, tile_tokens: int) -> float:
-    """What the stages of a pair take: the longest of fetching bytes, fetching rows and multiplying."""
-    kept = sum(stage[0] >> 8 for stage in stages)
-    x_tiles = STAGE_K // tile_k if gather else 1
-    size = 2 * (len(stages) * tile_tokens * STAGE_K + kept * STRIP * tile_k)
-    rows = len(stages) * tile_tokens * x_tiles + kept * STRIP
-    multiply = CLOCKS_PER_PRODUCT * tile_tokens * _products(stages, tile_k)
-    return max(size / BYTES_PER_CLOCK, CLOCKS_PER_ROW * rows, multiply)
+def _weight_tiles(stages: Stages) -> int:
+    """Kept ones of ``tile_k`` inputs."""
+    return sum(stage[0] >> 8 for stage in stages)
 
 
-def _deal(clocks: list[float], n_tiles: int, n_programs: int, x_bytes: int) -> Schedule:
+FETCHING = LinearClocks(byte_rate=BYTES_PER_CLOCK, row=CLOCKS_PER_ROW, product=CLOCKS_PER_PRODUCT)
+"""What chooses between gathered and whole input tiles: while all multiprocessors fetch as much as they can."""
+
+
+def _deal(clocks: list[float], fixed: float, n_tiles: int, n_programs: int, x_bytes: int) -> Schedule:
     """The tasks in the order of the tokens, mixed for balance as little as balance needs.
 
     What runs at the same time should read the same tokens: 256 of 14336 inputs are 7 MB, and of a random layout six
@@ -222,13 +218,21 @@ def _deal(clocks: list[float], n_tiles: int, n_programs: int, x_bytes: int) -> S
     (H200, 8192 tokens at 10 %: 200, 252, 260 us). Inputs that stay in L2 need no order: balance is everything.
     """
     if x_bytes <= STAYS_IN_L2:
-        return make_schedule(clocks, n_tiles, n_programs, tile_cost=FIXED_CLOCKS)
+        return make_schedule(clocks, n_tiles, n_programs, tile_cost=fixed)
     dealt = [
-        make_schedule(clocks, n_tiles, n_programs, tile_cost=FIXED_CLOCKS, balanced_rounds=rounds, swaps=False)
+        make_schedule(clocks, n_tiles, n_programs, tile_cost=fixed, balanced_rounds=rounds, swaps=False)
         for rounds in (1, 2, 4)
     ]
     enough = WORTH_MIXING * min(schedule.makespan for schedule in dealt)
     return next(schedule for schedule in dealt if schedule.makespan <= enough)
+
+
+def _busiest(dealt: Schedule, clocks: list[float], fixed: float) -> float:
+    """Clocks of the program that has most to do."""
+    loads = torch.zeros(len(dealt.order) + 1, dtype=torch.float64)
+    loads[1:] = (torch.tensor(clocks, dtype=torch.float64) + fixed)[dealt.order % len(clocks)].cumsum(0)
+    ends = loads[dealt.program_ptr]
+    return float(ends.diff().max())
 
 
 def _task_table(dealt: Schedule, pieces: list[list[int]], tile_tokens: int, places: int) -> torch.Tensor:
@@ -270,17 +274,23 @@ def make_linear_schedule(
     pairs = _pairs(_strips(ptr, idx, block, tile_k))
     parts = len(pairs[0][0].features)
     past_features = (len(ptr) - 1) * block[0]
-    candidates = []
-    for gather in (False, True) if tile_k < STAGE_K else (False,):
-        found = [_pair_stages(pair, tile_k, gather) for pair in pairs]
-        candidates.append((found, [_clocks(stages, tile_k, gather, tile_tokens) for stages in found]))
-    chosen, clocks = min(candidates, key=lambda candidate: sum(candidate[1]))
+    model, x_tiles = LinearClocks(), {False: 1, True: STAGE_K // tile_k}
+    found = {
+        gather: [_pair_stages(pair, tile_k, gather) for pair in pairs]
+        for gather in ((False, True) if tile_k < STAGE_K else (False,))
+    }
+
+    def clocks_of(how: LinearClocks, gather: bool) -> list[float]:
+        return [
+            how.of_stages(len(stages), _weight_tiles(stages), tile_k, x_tiles[gather], tile_tokens)
+            for stages in found[gather]
+        ]
+
+    gather = min(found, key=lambda gather: sum(clocks_of(FETCHING, gather)))
+    chosen, clocks = found[gather], clocks_of(model, gather)
     n_tiles = ceil_div(tokens, tile_tokens)
-    merge = 2 * STRIP * tile_tokens * 4 / MERGE_BYTES_PER_CLOCK
-    n_pieces = choose_parts(
-        clocks, [len(stages) for stages in chosen], n_tiles, n_programs,
-        PartCosts(FIXED_CLOCKS, SYNCHRONISE_CLOCKS, merge),
-    )  # fmt: skip
+    costs = model.part_costs(tile_tokens)
+    n_pieces = choose_parts(clocks, [len(stages) for stages in chosen], n_tiles, n_programs, costs)
     entries: Stages = []
     pieces, piece_clocks = [], []
     place = 0
@@ -289,12 +299,17 @@ def make_linear_schedule(
         features += (past_features,) * (4 - len(features))
         for piece, (begin, end) in enumerate(cut(len(stages), n)):
             pieces.append([0, len(entries) + begin, end - begin, *features, n, place, place + piece])
-            piece_clocks.append(clock / n + (SYNCHRONISE_CLOCKS + 2 * merge if n > 1 else 0))
+            piece_clocks.append(clock / n + (costs.synchronise + 2 * costs.merge if n > 1 else 0))
         entries += stages
         place += n if n > 1 else 0
     fetched = len(entries)
     entries.append([0] * len(entries[0]))
-    dealt = _deal(piece_clocks, n_tiles, n_programs, 2 * tokens * block[1] * (int(idx.max(initial=0)) + 1))
+    inputs = block[1] * len(np.unique(idx))
+    x_bytes = 2 * tokens * block[1] * (int(idx.max(initial=0)) + 1)
+    dealt = _deal(piece_clocks, costs.fixed, n_tiles, n_programs, x_bytes)
+    weight_tiles = sum(map(_weight_tiles, chosen))
+    fetched_bytes = stage_bytes(fetched, weight_tiles, tile_k, tile_tokens) * n_tiles / n_programs
+    memory_bytes = 2 * (tokens * (inputs + past_features) + len(idx) * block[0] * block[1])
     device = indptr.device
     return LinearSchedule(
         entries=torch.tensor(entries, dtype=torch.int32, device=device),
@@ -303,4 +318,5 @@ def make_linear_schedule(
         tile_tokens=tile_tokens,
         fetched_stages=fetched,
         products=sum(_products(stages, tile_k) for stages in chosen),
+        clocks=model.of_launch(_busiest(dealt, piece_clocks, costs.fixed), fetched_bytes, memory_bytes),
     )

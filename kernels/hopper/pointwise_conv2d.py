@@ -7,6 +7,7 @@ strips of output channels share the input tiles that both keep.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -46,6 +47,15 @@ def pointwise_schedule(
         indptr, indices, block=problem.block, tokens=as_linear(problem).tokens, tile_tokens=config.tile_pixels,
         n_programs=sm_count,
     )  # fmt: skip
+
+
+def fastest_pointwise(
+    problem: Conv2dProblem, config: Conv2dConfig, indptr: torch.Tensor, indices: torch.Tensor, sm_count: int
+) -> tuple[Conv2dConfig, LinearSchedule]:
+    """Of a config with any number of pixels a task those whose schedules promise to end first on a layout."""
+    configs = [replace(config, tile_w=tile_pixels) for tile_pixels in sorted(linear.TILE_TOKENS)]
+    made = [(config, pointwise_schedule(problem, config, indptr, indices, sm_count)) for config in configs]
+    return min(made, key=lambda choice: choice[1].clocks)
 
 
 def block_sparse_conv2d(
