@@ -96,7 +96,9 @@ def test_prune_saves_a_fast_model_masked_weights_and_a_report(
     x = torch.randn(5, 3, 8, 8)
     torch.testing.assert_close(tetris.load(out / "fast.safetensors")(x), model(x), rtol=1e-4, atol=1e-4)
     assert "end to end" in text and "dense" in text and "converted" in text
-    assert (out / "report.txt").read_text().count("ms") == 2
+    report = (out / "report.txt").read_text()
+    assert report.count("ms") == 2 and "block-sparse  16x32" in report and not text.startswith("\n")
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "safetensors' own files are private"
 
 
 def test_force_replaces_and_its_absence_refuses(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +108,8 @@ def test_force_replaces_and_its_absence_refuses(net: Path, tmp_path: Path, capsy
     (out / "mine.txt").write_text("precious")
     assert run(*arguments) == 1
     assert "exists already" in capsys.readouterr().err
+    assert run(*arguments[:-3], out / "mine.txt" / "deeper", "--device", "cpu") == 1
+    assert "cannot be written" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert run(*arguments, "--force") == 0
     assert not (out / "mine.txt").exists() and (out / "fast.safetensors").exists()

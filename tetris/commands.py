@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -23,7 +24,7 @@ from tetris.autotune.team import Team
 from tetris.autotune.timer import time_us
 from tetris.autotune.tuner import apply_tuned, tune_model
 from tetris.errors import FileFormatError, TetrisError
-from tetris.files import atomic_directory
+from tetris.files import atomic_directory, atomic_file
 from tetris.plans import ModelPlan
 from tetris.user_model import UserModel
 
@@ -44,7 +45,7 @@ def prune_user_model(
     """Prune -> convert -> verify -> time -> save; ``out`` appears complete or not at all.
 
     ``out`` holds the converted model (``fast.safetensors``, for ``tetris.load``), the masked weights under the model's
-    own names (``masked.safetensors``), and ``report.txt``: the verification and both times.
+    own names (``masked.safetensors``), and ``report.txt``: what became of each layer, the verification and both times.
 
     Args:
         options: of ``tetris.prune``, but for the model and its inputs.
@@ -86,7 +87,7 @@ def prune_user_model(
     with atomic_directory(out, overwrite) as folder:
         tetris.save(fast, folder / FAST_FILE)
         save_masked_weights(pruned, folder / MASKED_FILE)
-        (folder / REPORT_FILE).write_text(f"{report}\n{times}\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(f"{fast.conversion}\n\n{report}\n{times}\n", encoding="utf-8")
     console.print(
         f"{out}: {FAST_FILE} for tetris.load, {MASKED_FILE}, {REPORT_FILE}. "
         "To win accuracy back, fine-tune the result of tetris.prune in Python before converting it.",
@@ -161,7 +162,10 @@ def environment_table() -> Table:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuse an output path that exists before any work is done."""
+    """Refuse an output path that exists, or where nothing can be written, before any work is done."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FileFormatError(f"{out}: cannot be written, {parent} is no folder or is read-only; choose another path")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise FileFormatError(f"{out}: exists already; choose another path or pass --force to replace it")
 
@@ -210,7 +214,8 @@ def save_masked_weights(pruned: nn.Module, path: Path) -> None:
     from tetris.masking import bake_masks
 
     state = bake_masks(copy.deepcopy(pruned)).state_dict()
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
+    with atomic_file(path) as temporary:  # which gets a new file's permissions; safetensors' own are the user's alone
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, temporary)
 
 
 def _progress(console: Console) -> Progress:
@@ -221,6 +226,7 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,  # it would leave an empty line in a log
     )
 
 
