@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
-from tetris.autotune.cost import estimate_us, rank
+from tetris.autotune.cost import estimate_us
 from tetris.autotune.problems import Problem
 from tetris.autotune.space import Config, config_space, default_config
 from tetris.kernels.configs import DeviceInfo
@@ -34,12 +33,14 @@ def candidates(
         space: what ``config_space`` gives, if the caller has it.
     """
     default = default_config(problem, device, max_pool)
-    ranked = rank(problem, device, space or config_space(problem, device, max_pool))
+    space = space or config_space(problem, device, max_pool)
+    estimates = {config: estimate_us(problem, device, config) for config in space}
+    ranked = sorted(space, key=estimates.__getitem__)
     if budget is not None:  # half of them by the estimate alone, half against its errors
         return list(dict.fromkeys([default, *ranked[: budget // 2], *spread(ranked, budget)]))[: max(budget, 1)]
-    best = estimate_us(problem, device, ranked[0])
+    best = estimates[ranked[0]]
     limits = {config: PORTABLE_WITHIN if config.kernel == "portable" else WITHIN for config in ranked}
-    worth = [config for config in ranked if estimate_us(problem, device, config) <= limits[config] * best]
+    worth = [config for config in ranked if estimates[config] <= limits[config] * best]
     most = MOST_PORTABLE if all(config.kernel == "portable" for config in ranked) else MOST_BESIDE
     portable = set(spread([config for config in worth if config.kernel == "portable"], most))
     full = [config for config in worth if config.kernel != "portable" or config in portable]
@@ -50,9 +51,8 @@ def spread(ranked: Sequence[Config], count: int) -> list[Config]:
     """The ``count`` first of ``ranked``, but no two of the same kernel, tile and step before every other was taken."""
 
     def family(config: Config) -> tuple[object, ...]:
-        values = asdict(config)
         names = ("kernel", "tile_n", "tile_h", "tile_w", "tile_tokens", "tile_k", "tile_out", "descriptors")
-        return tuple(values.get(name) for name in names)
+        return tuple(getattr(config, name, None) for name in names)
 
     families: dict[tuple[object, ...], Config] = {}
     for config in ranked:

@@ -39,19 +39,21 @@ class CompileServer:
 
     Args:
         device: where workers run: kernels are imported, and the compiler started, unless it is the CPU.
+        workers: how many to start at once, on that device and in today's environment, for those who will ask.
     """
 
-    def __init__(self, device: str = "cuda") -> None:
+    def __init__(self, device: str = "cuda", workers: int = 0) -> None:
         self.device = device
         self._lock, self._closed = threading.Lock(), False
         self._start()
+        self._idle = [self._forked(device) for _ in range(workers)]
 
     def _start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
         self._control, theirs = socket.socketpair()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
-        command = [sys.executable, "-m", "tetris.autotune.compile_server", self.device]
+        command = [sys.executable, "-m", "tetris.autotune.compile_server", self.device.partition(":")[0]]
         with theirs:
             self.process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=self._output, stderr=subprocess.STDOUT, env=environment
@@ -62,6 +64,12 @@ class CompileServer:
 
         Where there is no server, because it was closed or dies just now, the socket is that of a worker that ended.
         """
+        with self._lock:
+            if self._idle and device == self.device:
+                return self._idle.pop()
+        return self._forked(device)
+
+    def _forked(self, device: str) -> socket.socket:
         mine, theirs = socket.socketpair()
         with suppress(OSError):
             with theirs, self._lock:

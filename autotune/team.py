@@ -82,7 +82,7 @@ class Team:
                 mine.append(index)
         return mine
 
-    def share(self, kind: str, names: list[str], meanwhile: Callable[[], None]) -> Iterator[int]:
+    def share(self, kind: str, names: list[str], meanwhile: Callable[[], None] = lambda: None) -> Iterator[int]:
         """The items of a kind of work that this process is to do, until all names are on the board.
 
         Args:

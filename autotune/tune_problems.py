@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -27,7 +28,7 @@ from tetris.autotune.steps import Steps
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.autotune.timer import Timing
-from tetris.kernels.configs import DeviceInfo, LinearProblem
+from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig, LinearProblem
 from tetris.tuned_choices import Entry, problem_key
 
 TRIAL_SECONDS = 0.1
@@ -49,11 +50,11 @@ class Wanted:
     x: LayerInput
     budget: int | None = None
 
-    @property
+    @cached_property
     def problem(self) -> Problem:
         return problem_of(self.layer, self.x)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal for layers that share a choice."""
         return problem_key(self.problem, pools(self.layer))
@@ -120,13 +121,23 @@ class Search:
     steps: Steps = field(init=False, default_factory=Steps)
 
     def __post_init__(self) -> None:
-        for item in self.wanted:
-            space = config_space(item.problem, self.device, pools(item.layer))
-            chosen = candidates(item.problem, self.device, pools(item.layer), item.budget, space)
-            self.defaults[item.key] = item.defaults(self.device)
-            self.tried[item.key] = list(dict.fromkeys([*self.defaults[item.key], *chosen]))
-            self.ruled_out[item.key] = len(set(space) - set(self.tried[item.key]))
+        names = [f"candidates {index}" for index in range(len(self.wanted))]
+        for index in self.team.share("candidates", names):
+            self.team.announce(names[index], json.dumps(self._candidates(self.wanted[index])))
+        for item, text in zip(self.wanted, self.team.wait_for(names)):
+            kind = LinearConfig if isinstance(item.problem, LinearProblem) else Conv2dConfig
+            defaults, tried, self.ruled_out[item.key] = json.loads(text)
+            self.defaults[item.key] = [kind.from_key(key) for key in defaults]
+            self.tried[item.key] = [kind.from_key(key) for key in tried]
         self.wanted = sorted(self.wanted, key=lambda item: -predicted_us(item, self.device, self.tried[item.key]))
+
+    def _candidates(self, item: Wanted) -> tuple[list[str], list[str], int]:
+        """The keys of a problem's defaults, of what will be measured, and how many valid configurations will not."""
+        space = config_space(item.problem, self.device, pools(item.layer))
+        chosen = candidates(item.problem, self.device, pools(item.layer), item.budget, space)
+        defaults = item.defaults(self.device)
+        tried = list(dict.fromkeys([*defaults, *chosen]))
+        return [c.to_key() for c in defaults], [c.to_key() for c in tried], len(set(space) - set(tried))
 
     def compile(
         self, workers: int | None = None, seconds: float = math.inf, server: CompileServer | None = None

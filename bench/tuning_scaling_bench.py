@@ -1,9 +1,9 @@
 """Tuning on several GPUs: seconds of full searches, of one suite or several, with 1, 2, ... processes under torchrun.
 
 Every run starts with an empty store and an empty cache of compiled kernels. A process gets the same number of
-processors however many processes there are; compiling and measuring are timed apart. As in ``tetris tune`` the server
-that forks workers starts before the layers are made; a search's seconds begin when they are there, the command's when
-it is entered. What the processes say is read line by line, so that a run that is cut off leaves what it had finished.
+processors however many processes there are; compiling and measuring are timed apart. As in ``tetris tune``
+workers start while the layers are made; a search's seconds begin when these are there, the command's when it is
+entered. What the processes say is read line by line, so that a run that is cut off leaves what it had finished.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ from tetris.bench.tuning_rows import job_rows
 
 RESULT = "result "
 GRACE_SECONDS = 15.0
-KERNELS = "TETRIS_BENCH_KERNELS"
-"""Where the search's kernels go; what making the layers compiles is no part of it."""
 LOG = "TETRIS_BENCH_LOG"
 """Where the first process writes what every worker of the team did when."""
 WALL = ("seconds", "compile_wall_seconds", "measure_wall_seconds")
 PARTS = ("space", "ready", "start", "wait", "close", "input", "prepare", "race", "final")
-"""What a process's search goes into, in seconds: the configuration spaces; until its last worker was ready; until this
-process was, and from then until all was compiled; until the workers had left; and the measurement's own steps."""
+"""What a process's search goes into, in seconds: the configuration spaces; until its last worker was ready (negative
+where that was before); until this process was, and from then until all was compiled; until the workers had left; and
+the measurement's own steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +105,7 @@ def run_processes(
     """What every process of one run said of itself: a dictionary for each that got as far as compiling."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "tetris.bench.tuning_scaling_bench", str(args.budget or 0), str(most), *suites]
-    environment = os.environ | {"TETRIS_CACHE_DIR": str(folder / "store"), KERNELS: str(folder / "kernels")}
+    environment = os.environ | {"TETRIS_CACHE_DIR": str(folder / "store"), "TRITON_CACHE_DIR": str(folder / "kernels")}
     if args.log:
         environment[LOG] = str(args.out / f"tuning_scaling_jobs_{'_'.join(suites)}_{processes}.csv")
     found: dict[int, dict[str, Any]] = {}
@@ -186,13 +185,12 @@ def main() -> None:
     budget, most, suites = int(sys.argv[1]) or None, int(sys.argv[2]), sys.argv[3:]
     gpu = torch.device(local_gpu())
     processors = own_processors(most, gpu.index)
-    server = CompileServer(gpu.type)
+    server = CompileServer(str(gpu), default_workers())
     torch.cuda.set_device(gpu)
     cases = [case for suite in suites for case in SUITES[suite]]
     wanted = [case.wanted(str(gpu), torch.float16, budget=budget) for case in cases]
     outcomes: list[Outcome] = []
     torch.cuda.synchronize()
-    os.environ["TRITON_CACHE_DIR"] = os.environ[KERNELS]
     team = Team.of_torchrun()
     team.announce(f"ready {team.rank}", "")
     team.wait_for(f"ready {rank}" for rank in range(team.world))

@@ -56,8 +56,7 @@ def test_runs_are_compared_with_one_process(tmp_path: Path, monkeypatch: pytest.
     suites: list[list[str]] = []
 
     def lines_of(command, environment, seconds):
-        caches.extend((environment["TETRIS_CACHE_DIR"], environment[tuning_scaling_bench.KERNELS]))
-        caches.append(environment[tuning_scaling_bench.LOG])
+        caches.extend(environment[name] for name in ("TETRIS_CACHE_DIR", "TRITON_CACHE_DIR", tuning_scaling_bench.LOG))
         budget, most, *names = command[command.index("tetris.bench.tuning_scaling_bench") + 1 :]
         assert (budget, most, seconds) == ("0", "4", 60)
         suites.append(names)
