@@ -32,8 +32,8 @@ def entries(cases: Iterable[TuningCase], rows: Iterable[Row]) -> list[Entry]:
         default, tuned = timed.get((case.name, "analytic")), timed.get((case.name, "tuned"))
         if default is None or tuned is None:
             continue
-        if wins(default, tuned) and not looks_at_the_layout(entry := made(case, tuned, default)):
-            winners.append(entry)
+        if ships(case, default, tuned):
+            winners.append(made(case, tuned, default))
         else:
             others.append(made(case, default, default))
     return winners + [entry for entry in others if displaced(entry, winners)]
@@ -45,11 +45,16 @@ def wins(default: Row, tuned: Row) -> bool:
     return tuned.median_us <= (1 - GAIN) * default.median_us and there[0] <= there[1]
 
 
-def looks_at_the_layout(entry: Entry) -> bool:
-    """Whether a fresh layer decides itself, because the layout decides."""
+def ships(case: TuningCase, default: Row, tuned: Row) -> bool:
+    """Whether the table takes a choice."""
+    return wins(default, tuned) and not looks_at_the_layout(made(case, tuned, default), made(case, default, default))
+
+
+def looks_at_the_layout(entry: Entry, default: Entry) -> bool:
+    """Whether a fresh layer decides itself, because the layout decides; of 1x1 convolutions only between tiles."""
     if isinstance(entry.problem, LinearProblem) and isinstance(entry.config, LinearConfig):
         return depends_on_layout(entry.problem, entry.config, 0)
-    return False
+    return entry.config.kernel == default.config.kernel == "hopper_linear"
 
 
 def displaced(entry: Entry, winners: list[Entry]) -> bool:
@@ -91,11 +96,11 @@ def network_rows(cases: Iterable[TuningCase], rows: Iterable[Row]) -> list[Row]:
     made_rows = []
     for network, layers in found.items():
         pairs = [(case, timed[case.name, "analytic"], timed[case.name, "tuned"]) for case in layers]
-        ships = [wins(a, t) and not looks_at_the_layout(made(case, t, a)) for case, a, t in pairs]
+        shipped = [ships(case, a, t) for case, a, t in pairs]
         best_us = sum(case.layer.count * tuned.median_us for case, _, tuned in pairs)
         analytic_us = sum(case.layer.count * analytic.median_us for case, analytic, _ in pairs)
-        us = sum(case.layer.count * (t if ship else a).median_us for (case, a, t), ship in zip(pairs, ships))
-        extra = {"layers": len(layers), "shipped": sum(ships), "analytic_us": analytic_us, "best_us": best_us}
+        us = sum(case.layer.count * (t if ship else a).median_us for (case, a, t), ship in zip(pairs, shipped))
+        extra = {"layers": len(layers), "shipped": sum(shipped), "analytic_us": analytic_us, "best_us": best_us}
         extra |= {"analytic_fraction": best_us / analytic_us, "fraction": best_us / us}
         first = pairs[0][2]
         made_rows.append(

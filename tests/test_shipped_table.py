@@ -94,11 +94,17 @@ def test_a_neighbour_that_was_faster_without_keeps_its_default() -> None:
 
 def test_choices_that_a_layer_makes_by_its_layout_do_not_ship() -> None:
     case = next(case for case in CASES if not case.is_convolution)
-    for kernel, ships in (("split", False), ("hopper", True)):
+    for kernel, ships in (("split", False), ("hopper", False), ("narrow", True)):
         default, tuned = rows(case.name, 90.0, (80.0, 75.0))
         choices = LinearConfig(), LinearConfig(kernel=kernel)
         given = [replace(r, extra=r.extra | {"config": c.to_key()}) for r, c in zip((default, tuned), choices)]
         assert len(entries([case], given)) == ships
+    case = next(case for case in CASES if case.name == "resnet50 b128 1x1 1024-256@14")
+    for kernel, ships in (("hopper", True), ("hopper_linear", False)):
+        default, tuned = rows(case.name, 90.0, (80.0, 75.0))
+        pointwise = [Conv2dConfig(kernel=kernel, tile_w=256), Conv2dConfig(kernel="hopper_linear", tile_w=128)]
+        given = [replace(r, extra=r.extra | {"config": c.to_key()}) for r, c in zip((default, tuned), pointwise)]
+        assert len(entries([case], given)) == ships, "the table names the kernel, the layout its tile"
 
 
 def test_networks_are_compared_with_the_full_search() -> None:

@@ -31,6 +31,8 @@ CLOCKS_PER_ROW = 2.1
 """What the copy engine takes for a row of a tile, however short: narrow tiles fetch slower than the cache delivers."""
 CLOCKS_PER_PRODUCT = 2.0
 """One strip x one token x 64 inputs on the matrix unit: 512 clocks for 256 tokens."""
+FETCHING = LinearClocks(byte_rate=BYTES_PER_CLOCK, row=CLOCKS_PER_ROW, product=CLOCKS_PER_PRODUCT)
+"""What chooses between gathered and whole input tiles: while all multiprocessors fetch as much as they can."""
 STAYS_IN_L2 = 16 << 20
 """Bytes of x; an H200 has 50 MB in two halves, and weights and outputs pass through them, too."""
 WORTH_MIXING = 1.03
@@ -198,16 +200,12 @@ def _pair_stages(pair: tuple[_Strip, _Strip | None], tile_k: int, gather: bool) 
 
 def _products(stages: Stages, tile_k: int) -> float:
     """Products of one strip and one whole stage."""
-    return sum(stage[0] >> 8 for stage in stages) * tile_k / STAGE_K
+    return _weight_tiles(stages) * tile_k / STAGE_K
 
 
 def _weight_tiles(stages: Stages) -> int:
     """Kept ones of ``tile_k`` inputs."""
     return sum(stage[0] >> 8 for stage in stages)
-
-
-FETCHING = LinearClocks(byte_rate=BYTES_PER_CLOCK, row=CLOCKS_PER_ROW, product=CLOCKS_PER_PRODUCT)
-"""What chooses between gathered and whole input tiles: while all multiprocessors fetch as much as they can."""
 
 
 def _deal(clocks: list[float], fixed: float, n_tiles: int, n_programs: int, x_bytes: int) -> Schedule:
