@@ -85,6 +85,12 @@ class CompileServer:
         size = os.fstat(self._output.fileno()).st_size
         return os.pread(self._output.fileno(), 1000, max(size - 1000, 0)).decode(errors="replace").strip()
 
+    def __enter__(self) -> CompileServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the server and all its workers, and wait until they have left the GPU."""
         with self._lock:

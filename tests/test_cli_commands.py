@@ -10,6 +10,7 @@ import torch
 
 from tests.support.fake_gpu import H200
 from tetris import cli, commands
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.store import TuningStore
 from tetris.autotune.tuner import Tuning
 from tetris.errors import TetrisError
@@ -67,8 +68,11 @@ def test_tune_prunes_as_prune_would_and_tells_the_store(
 ) -> None:
     seen = {}
 
-    def tune_model(model, inputs, *, store, budget, team, progress):
+    servers: list[CompileServer] = []
+
+    def tune_model(model, inputs, *, store, budget, team, progress, server):
         progress("0", 0, 1)
+        servers.append(server)
         seen.update(
             budget=budget, world=team.world, kept=model.get_submodule("0").kept_fraction, shape=tuple(inputs.shape)
         )
@@ -80,6 +84,7 @@ def test_tune_prunes_as_prune_would_and_tells_the_store(
     options = ("--sparsity", "0.75", "--block", "16", "--budget", "7", "--dtype", "fp32")
     assert run("tune", f"{net}:make_model", *options) == 0
     assert seen == {"budget": 7, "world": 1, "kept": 0.25, "shape": (4, 64)}
+    assert servers[0].device == "cpu" and servers[0].process.poll() is not None, "it ends with the command"
     text = capsys.readouterr().out
     assert "1.50" in text and "1 tuned choices" in text
 

@@ -17,6 +17,8 @@ from torch import nn
 
 import tetris
 from tetris.autotune import device as machine
+from tetris.autotune.compile_ahead import default_workers
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.plan_picture import plot_plan
 from tetris.autotune.planner import plan as make_plan
 from tetris.autotune.store import TuningStore
@@ -129,17 +131,21 @@ def tune_user_model(
     Started by torchrun, the processes share the layers, each on its own GPU, and the one store; the first one reports.
     """
     check_runs(user)
-    pruned = tetris.prune(user.model, sparsity, block, "sort", example_inputs=user.inputs, seed=seed)
-    fast = tetris.convert(pruned, example_inputs=user.inputs)
-    store, team = TuningStore(), Team.of_torchrun()
-    console.quiet = team.rank > 0
-    with _progress(console) as progress:
-        task = progress.add_task("tune", total=None)
+    device = next(user.model.parameters(), torch.zeros(0)).device
+    with CompileServer(str(device), default_workers()) as server:  # they start while the model is pruned
+        pruned = tetris.prune(user.model, sparsity, block, "sort", example_inputs=user.inputs, seed=seed)
+        fast = tetris.convert(pruned, example_inputs=user.inputs)
+        store, team = TuningStore(), Team.of_torchrun()
+        console.quiet = team.rank > 0
+        with _progress(console) as progress:
+            task = progress.add_task("tune", total=None)
 
-        def on_layer(name: str, done: int, total: int) -> None:
-            progress.update(task, description=f"tune {name}", completed=done, total=total)
+            def on_layer(name: str, done: int, total: int) -> None:
+                progress.update(task, description=f"tune {name}", completed=done, total=total)
 
-        tuning = tune_model(fast, user.inputs, store=store, budget=budget, team=team, progress=on_layer)
+            tuning = tune_model(
+                fast, user.inputs, store=store, budget=budget, team=team, progress=on_layer, server=server
+            )
     console.print(str(tuning), highlight=False, markup=False, soft_wrap=True)
     console.print(f"{store.path}: {len(store.mine)} tuned choices", highlight=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def main() -> None:
     tuner.device_info = lambda device: H200
     torch.set_num_threads(1)
     fast, x = converted()
-    team = Team.of_torchrun()
+    team = replace(Team.of_torchrun(), lost_seconds=5.0)
     store = TuningStore(folder, tables=folder / "none")
     shown: list[int] = []
     tuning = tuner.tune_model(
