@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tetris.autotune.compile_ahead import LATE, Compiled, default_workers
+from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.device import device_info
 from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.steps import Steps
@@ -64,9 +65,11 @@ class SuiteSearch:
     def search(self, wanted: list[Wanted], compiles: bool, compile_seconds: float) -> dict[str, object]:
         """Compile, where asked to, and measure; returns what that took."""
         started = time.monotonic()
-        self.found = Search(wanted, device_info(self.args.device))
+        with CompileServer(self.args.device) if compiles else nullcontext() as server:  # it imports meanwhile
+            self.found = Search(wanted, device_info(self.args.device))
+            if compiles:
+                self.found.compile(self.args.workers, compile_seconds, server)
         if compiles:
-            self.found.compile(self.args.workers, compile_seconds)
             self.book.log(job_rows(self.found, started) if self.args.log else [])
         for item in wanted:
             tried = self.found.tried[item.key]
