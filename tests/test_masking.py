@@ -146,12 +146,20 @@ def test_progress_counts_layers():
     assert [s[0] for s in seen] == ["conv2", "fc1", "fc1"] and seen[-1][1:] == (2, 2)
 
 
+def test_a_search_shared_by_all_layers_tells_its_steps():
+    seen = []
+    tetris.prune(lenet(), 0.7, block=(16, 8), example_inputs=X, steps=3, progress=lambda *a: seen.append(a))
+    assert seen[0] == ("all layers together", 0, 2) and seen[-1] == ("all layers together", 2, 2)
+    assert ("all layers together, step 3", 0, 2) in seen
+
+
 def test_layers_searched_side_by_side_are_those_searched_alone(monkeypatch: pytest.MonkeyPatch):
     options = {"sparsity": 0.7, "block": (16, 8), "permutations": "separate", "steps": 4}
     alone, seen = tetris.reorderings(tetris.prune(lenet(), **options)), []
     monkeypatch.setattr(masking, "_batches", lambda requests: [requests])
     together = tetris.reorderings(tetris.prune(lenet(), progress=lambda *a: seen.append(a), **options))
-    assert list(together) == list(alone) and seen == [("conv2", 0, 2), ("fc1", 2, 2)]
+    assert list(together) == list(alone) and (seen[0], seen[-1]) == (("conv2", 0, 2), ("fc1", 2, 2))
+    assert [step[0] for step in seen[1:-1]][:4] == [f"conv2, step {step}" for step in (1, 2, 3, 4)]
     for name, r in together.items():
         assert torch.equal(r.keep_mask, alone[name].keep_mask) and torch.equal(r.block_mask, alone[name].block_mask)
         assert all(torch.equal(p, alone[name].permutations[dim]) for dim, p in r.permutations.items())

@@ -25,6 +25,7 @@ from tetris.permutation import apply, expand, identity, inverse
 from tetris.plans import GROUP, GROUPED, SHARED, ModelPlan
 from tetris.pruning import PruningMethod, block_sums, expand_block_mask
 from tetris.reordering import Reordering, reorder
+from tetris.search.alternation import Progress
 from tetris.specs import BlockSpec, Prunable, SparsitySpec, match, prunable_layers, resolve_blocks, resolve_sparsity
 from tetris.tracing import ExampleInputs
 
@@ -175,7 +176,8 @@ def prune(
         skip: glob patterns of layers to leave dense.
         steps: annealing steps, 60 quick, 500 thorough.
         seed: results are equal for equal seeds.
-        progress: called as ``progress(layer name, layers done, layers in all)``, the first name of several at once.
+        progress: called as ``progress(what is searched, layers done, layers in all)``, before every layer (the first
+            name of several at once) and after every step of a search: "fc1, step 12".
     Returns:
         a copy with masks as parametrizations; ``print`` a layer to see its mask.
     Raises:
@@ -279,12 +281,13 @@ def _separate(
         if progress:
             progress(batch[0].name, len(found), len(requests))
         if len(batch) > 1:
-            found |= _side_by_side(batch, options)
+            found |= _side_by_side(batch, options, _steps(progress, batch[0].name, len(found), len(requests)))
             continue
         for r in batch:
             found[r.name] = reorder(
-                r.weight, r.block, r.sparsity, importance=r.importance, structure=structure, **options
-            )
+                r.weight, r.block, r.sparsity, importance=r.importance, structure=structure,
+                progress=_steps(progress, r.name, len(found), len(requests)), **options,
+            )  # fmt: skip
     if progress and requests:
         progress(requests[-1].name, len(requests), len(requests))
     return found
@@ -302,7 +305,16 @@ def _batches(requests: list[_Request]) -> list[list[_Request]]:
     return batches
 
 
-def _side_by_side(requests: list[_Request], options: dict[str, Any]) -> dict[str, Reordering]:
+def _steps(progress: LayerProgress | None, name: str, done: int, total: int) -> Progress | None:
+    """A search's callback that names its step: large layers take minutes on a CPU."""
+    if progress is None:
+        return None
+    return lambda step, retained: progress(f"{name}, step {step}", done, total)
+
+
+def _side_by_side(
+    requests: list[_Request], options: dict[str, Any], progress: Progress | None
+) -> dict[str, Reordering]:
     """What :func:`tetris.reorder` finds for every layer, in one search of all of them."""
     problems = [
         JointProblem(
@@ -313,7 +325,7 @@ def _side_by_side(requests: list[_Request], options: dict[str, Any]) -> dict[str
         )
         for r in requests
     ]
-    joint = reorder_jointly(problems, **options)
+    joint = reorder_jointly(problems, progress=progress, **options)
     return {
         r.name: _from_joint(r, problem, joint, i, options["method"])
         for i, (r, problem) in enumerate(zip(requests, problems))
@@ -348,7 +360,7 @@ def _shared(
         problems.append(JointProblem(importance, r.block, r.sparsity, (row, column), (row_repeats, column_repeats)))
     if progress and requests:
         progress("all layers together", 0, len(requests))
-    joint = reorder_jointly(problems, **options)
+    joint = reorder_jointly(problems, progress=_steps(progress, "all layers together", 0, len(requests)), **options)
     if progress and requests:
         progress("all layers together", len(requests), len(requests))
     return {
