@@ -216,9 +216,11 @@ def test_layers_that_cannot_be_pruned_are_listed_with_the_reason():
     layers = fast.conversion.layers
     assert layers["1"].reason == "4 groups" and layers["4.self_attn.out_proj"].reason.startswith("the attention reads")
     assert not layers["3"].reason and tetris.verify(pruned, fast, x)
-    others = nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Embedding(3, 4), nn.Linear(4, 4))
+    mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    others = nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.Embedding(3, 4), nn.Linear(4, 4), mirrored)
     assert unprunable_layers(others) == {
-        "0": "no block-sparse form of ConvTranspose2d", "1": "no block-sparse form of Embedding"
+        "0": "no block-sparse form of ConvTranspose2d", "1": "no block-sparse form of Embedding",
+        "3": "padding (1, 1), reflect",
     }  # fmt: skip
 
 

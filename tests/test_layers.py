@@ -171,6 +171,8 @@ def test_a_converted_model_compiles_as_one_graph_and_exports():
     model, x = MLP(32, 64, 32), torch.randn(3, 32)
     pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
     fast = tetris.convert(pruned, example_inputs=x)
+    with pytest.raises(UnsupportedError, match=r"a first call before torch\.export"):
+        torch.export.export(fast, (x,))
     y = fast(x)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(x), y) < 1e-6

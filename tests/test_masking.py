@@ -210,6 +210,14 @@ def test_a_pruned_model_is_not_pruned_again():
         tetris.prune(pruned, 0.5)
 
 
+def test_a_layer_with_a_parametrization_is_refused_before_it_is_fine_tuned():
+    model = lenet()
+    nn.utils.parametrizations.weight_norm(model.fc1)
+    with pytest.raises(TetrisError, match="fc1 has a parametrization of its own"):
+        tetris.prune(model, 0.5, method="sort")
+    assert set(tetris.masked_layers(tetris.prune(model, 0.5, method="sort", skip=["fc1"]))) == {"conv2"}
+
+
 @pytest.mark.parametrize("model", ["net", nn.Linear])
 def test_what_is_no_module_is_refused(model):
     with pytest.raises(TetrisError, match=r"wanted an nn\.Module; got"):

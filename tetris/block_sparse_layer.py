@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tetris import ops
 from tetris.dispatch import Launch, dtype_name
 from tetris.eager import EagerCalls
-from tetris.errors import ShapeError, describe
+from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.layout import BlockLayout
 from tetris.packing import unpack
 from tetris.permutation import inverse, is_identity, validate
@@ -177,6 +177,10 @@ class BlockSparseLayer(FusedLayer):
         """The CPU path's repacked operands, made for inputs of x's size, once and again whenever the values change."""
         if torch.compiler.is_compiling() and self._prepared is not None:
             return self._prepared
+        if torch.compiler.is_exporting():
+            raise UnsupportedError(
+                f"{type(self).__name__}: wanted a first call before torch.export: it packs the weights"
+            )
         state = (*self._values_state(), x.dtype)
         if self._prepared_from != state:
             self._prepared, self._prepared_from = self._prepare(x), state

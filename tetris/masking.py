@@ -215,6 +215,11 @@ def prune(
         if name not in skipped
     ]
     for request in requests:
+        if parametrize.is_parametrized(layers[request.name]):
+            raise TetrisError(
+                f"prune: {request.name} has a parametrization of its own, which conversion could not fold; "
+                f"torch.nn.utils.parametrize.remove_parametrizations makes it permanent, skip=[{request.name!r}] leaves it"
+            )
         try:
             importance_of(request.weight, request.importance)
         except TetrisError as error:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tetris.errors import TetrisError, describe
+from tetris.errors import TetrisError, UnsupportedError, describe
+from tetris.layers import supported_padding
 from tetris.pruning import Block, check_sparsity, fit_block
 
 SparsitySpec = float | Mapping[str, float] | Sequence[float]
@@ -29,8 +30,8 @@ MIN_CHANNELS = 16
 def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
     """All convolutions without groups and linear layers of a model, by name, in the order of registration.
 
-    Subclasses with a forward of their own are left out, and so is the inside of ``nn.MultiheadAttention``, which reads
-    its projections' weights without calling them.
+    Subclasses with a forward of their own and convolutions whose padding no kernel knows are left out, and so is the
+    inside of ``nn.MultiheadAttention``, which reads its projections' weights without calling them.
     """
     attentions = _inside_attentions(model)
     return {
@@ -38,10 +39,23 @@ def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
         for name, module in model.named_modules()
         if (
             (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
-            or (isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward and module.groups == 1)
+            or (isinstance(module, nn.Conv2d) and _refused(module) is None)
         )
         and not name.startswith(attentions)
     }
+
+
+def _refused(conv: nn.Conv2d) -> str | None:
+    """Why a convolution has no block-sparse form; None where it has one."""
+    if conv.groups > 1:
+        return f"{conv.groups} groups"
+    if type(conv).forward is not nn.Conv2d.forward:
+        return f"no block-sparse form of {type(conv).__name__}"
+    try:
+        supported_padding(conv)
+    except UnsupportedError:
+        return f"padding {conv.padding!r}, {conv.padding_mode}"
+    return None
 
 
 def unprunable_layers(model: nn.Module) -> dict[str, str]:
@@ -53,10 +67,9 @@ def unprunable_layers(model: nn.Module) -> dict[str, str]:
             continue
         if name.startswith(attentions):
             reasons[name] = "the attention reads its weight without calling it"
-        elif isinstance(module, nn.Conv2d) and module.groups > 1:
-            reasons[name] = f"{module.groups} groups"
         else:
-            reasons[name] = f"no block-sparse form of {type(module).__name__}"
+            refused = _refused(module) if isinstance(module, nn.Conv2d) else None
+            reasons[name] = refused or f"no block-sparse form of {type(module).__name__}"
     return reasons
 
 
