@@ -218,7 +218,7 @@ def prune(
         if parametrize.is_parametrized(layers[request.name]):
             raise TetrisError(
                 f"prune: {request.name} has a parametrization of its own, which conversion could not fold; "
-                f"torch.nn.utils.parametrize.remove_parametrizations makes it permanent, skip=[{request.name!r}] leaves it"
+                "make it permanent with torch.nn.utils.parametrize.remove_parametrizations, or name it in skip"
             )
         try:
             importance_of(request.weight, request.importance)
