@@ -66,7 +66,7 @@ def choose_block(
     others = sorted((time, block_label(b)) for b, time in times.items() if b != block)
     if dense is None:
         return block, sparsity, "fastest at equal retained importance; the dense layer was not measured"
-    reason = f"critical point: {dense.time_us / times[block]:.2f}x when all retain {goal:.3f}"
+    reason = f"fastest when all blocks retain {goal:.3f}: {dense.time_us / times[block]:.2f}x"
     if others:
         reason += f"; next {others[0][1]} {dense.time_us / max(others[0][0], 1e-9):.2f}x"
     return block, sparsity, reason
