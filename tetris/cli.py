@@ -1,7 +1,7 @@
 """The command line: ``tetris demo | prune | plan | tune | tuned | info | bench``.
 
 Whatever goes wrong ends in one message on stderr: exit code 1 for bad input or files, 2 for wrong options. Outputs are
-written whole or not at all. Heavy imports happen inside the commands, so that ``tetris --help`` is quick.
+written whole or not at all. Imports that take longer than torch's own happen inside the commands.
 """
 
 from __future__ import annotations

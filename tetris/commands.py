@@ -154,7 +154,7 @@ def environment_table() -> Table:
     """Versions, devices, the store of tuned choices."""
     store = TuningStore()
     table = Table(show_header=False, title="tetris", title_justify="left")
-    table.add_row("tetris-sparse", machine.package_version("tetris-sparse"))
+    table.add_row("tetris-sparse", tetris.__version__)
     table.add_row("python", platform.python_version())
     table.add_row("versions", machine.versions())
     table.add_row("cpu", machine.device_name("cpu"))
