@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from socket import SHUT_RDWR
@@ -41,6 +41,7 @@ class Compiled(NamedTuple):
 
 
 LATE = Compiled("not compiled in time", 0.0)
+DONE = object()
 
 
 class Worker:
@@ -161,20 +162,26 @@ class CompilePool:
                 self.team.tally("job", 1)
 
     def results(
-        self, on_progress: Callable[[int], None] = lambda done: None, seconds: float = math.inf
+        self,
+        on_progress: Callable[[int], None] = lambda done: None,
+        seconds: float = math.inf,
+        meanwhile: Iterator[object] | None = None,
     ) -> list[Compiled]:
         """The outcomes of all jobs, in their order; waits for them, telling how many are done now and then.
 
-        After ``seconds`` what is missing counts as :data:`LATE`.
+        After ``seconds`` what is missing counts as :data:`LATE`. ``meanwhile`` is advanced until then.
         """
         names = [f"job {index}" for index in range(len(self.jobs))]
-        end = time.monotonic() + seconds
+        end, meanwhile = time.monotonic() + seconds, meanwhile or iter(())
         while not self.team.board.check(names) and time.monotonic() < end:
             on_progress(self.team.tally("job"))
             self.team.sign()
             for index in self.team.inherit("batch", self._missing()):
                 self._begin(self._inherited, index)
-            time.sleep(TICK_SECONDS)
+            work_until = time.monotonic() + TICK_SECONDS
+            while time.monotonic() < work_until and next(meanwhile, DONE) is not DONE:
+                pass
+            time.sleep(max(work_until - time.monotonic(), 0.0))
         texts = [self.team.heard(name) for name in names]
         return [LATE if text is None else Compiled(*json.loads(text)) for text in texts]
 

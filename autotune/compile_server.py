@@ -119,12 +119,17 @@ def prepare(device: str) -> None:
     importlib.import_module("tetris.autotune.compile_job")
     torch.set_num_threads(1)
     if device != "cpu":
-        for path in sorted(KERNELS.rglob("*.py")):
-            importlib.import_module(".".join(("tetris.kernels", *path.relative_to(KERNELS).with_suffix("").parts)))
-        importlib.import_module("tetris.kernels.compiler_start").start_compiler()
+        prepare_to_launch()
     gc.collect()
     gc.freeze()  # the collector of a child would copy the memory that it shares
     sys.stdout.flush()
+
+
+def prepare_to_launch() -> None:
+    """What a process's first launches pay for once, but for the driver: imports and the compiler's start."""
+    for path in sorted(KERNELS.rglob("*.py")):
+        importlib.import_module(".".join(("tetris.kernels", *path.relative_to(KERNELS).with_suffix("").parts)))
+    importlib.import_module("tetris.kernels.compiler_start").start_compiler()
 
 
 def serve(control: socket.socket) -> None:

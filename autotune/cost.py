@@ -127,9 +127,10 @@ def _portable(problem: Problem, device: DeviceInfo, config: Config, tiles: int, 
 
 def compile_seconds(config: Config) -> float:
     """About how long a processor compiles a configuration's kernel; it only orders them."""
-    if config.kernel in ("hopper", "hopper_linear", "narrow"):
-        return 0.8 + _tile(config) / 250
-    return 0.3 + _tile(config) / 600
+    tile = _tile(config)
+    if config.kernel == "hopper" and isinstance(config, Conv2dConfig):
+        return 0.8 + tile / 180
+    return tile / 65 if config.kernel in ("hopper", "hopper_linear", "narrow") else 0.3 + tile / 400
 
 
 def _tile(config: Config) -> int:

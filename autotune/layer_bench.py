@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from tetris.autotune.compile_job import first_line
+from tetris.autotune.compile_server import prepare_to_launch
 from tetris.autotune.problems import LayerInput, SparseLayer
 from tetris.autotune.race import heat_us, race
 from tetris.autotune.space import Config
@@ -31,6 +32,7 @@ class LayerBench:
 
     Attributes:
         failures: configurations that do not run or answer wrongly, with the reason.
+        made: the layer in configurations whose launches were prepared earlier.
         steps: seconds of making the input, of loading and capturing, of the race and of the last measurement.
     """
 
@@ -38,6 +40,7 @@ class LayerBench:
     x: LayerInput
     failures: dict[Config, str] = field(default_factory=dict)
     steps: Steps = field(default_factory=Steps)
+    made: Mapping[Config, SparseLayer] = field(default_factory=dict)
     reference: torch.Tensor | None = None
     _runs: dict[Config, Callable[[], object]] = field(default_factory=dict)
 
@@ -62,9 +65,7 @@ class LayerBench:
 
     def layer_with(self, config: Config) -> SparseLayer:
         """The layer with another configuration; its tensors are shared."""
-        layer = copy.copy(self.layer)
-        layer.config, layer._launches = config.to_key(), {}
-        return layer
+        return self.made[config] if config in self.made else with_config(self.layer, config)
 
     @torch.no_grad()
     def _prepared(self, configs: Sequence[Config]) -> dict[str, Callable[[], object]]:
@@ -93,9 +94,25 @@ class LayerBench:
         self._runs[config] = graphed(run, self._pool) if self.images.is_cuda else run
 
 
+def with_config(layer: SparseLayer, config: Config) -> SparseLayer:
+    """A layer with another configuration; its tensors are shared."""
+    other = copy.copy(layer)
+    other.config, other._launches = config.to_key(), {}
+    return other
+
+
+@torch.no_grad()
+def launched_ahead(layer: SparseLayer, x: LayerInput, config: Config) -> SparseLayer:
+    """The layer with a configuration, its schedule made: that takes Python many times longer than a kernel runs."""
+    other = with_config(layer, config)
+    other.launch(torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape))
+    return other
+
+
 def warm_up(device: torch.device) -> None:
-    """What the first measurement of a process pays for once: Triton's driver, the GPU's own kernels, a first graph."""
+    """What the first measurement of a process pays for once: imports, the driver, the GPU's own kernels, a graph."""
     if device.type == "cuda":
+        prepare_to_launch()
         from triton.runtime.driver import driver
 
         driver.active.get_current_target()

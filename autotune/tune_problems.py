@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 
@@ -21,7 +23,7 @@ from tetris.autotune.compile_ahead import Compiled, CompilePool
 from tetris.autotune.compile_job import Job, kernel_of
 from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.cost import compile_seconds, estimate_us
-from tetris.autotune.layer_bench import LayerBench, warm_up
+from tetris.autotune.layer_bench import LayerBench, launched_ahead, warm_up
 from tetris.autotune.problems import LayerInput, Problem, SparseLayer, fresh_config, pools, problem_of
 from tetris.autotune.space import Config, config_space
 from tetris.autotune.steps import Steps
@@ -31,8 +33,10 @@ from tetris.autotune.timer import Timing
 from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig, LinearProblem
 from tetris.tuned_choices import Entry, problem_key
 
-TRIAL_SECONDS = 0.1
+TRIAL_SECONDS = 0.02
 """About what running a compiled kernel once takes a worker."""
+AHEAD_BYTES = 2 << 30
+"""Of copies of weights that launches prepared ahead may hold on the GPU at most."""
 BAND = 6
 """Where compiling is limited in time, the first so many of every problem go before the next."""
 FINALISTS = 4
@@ -107,6 +111,7 @@ class Search:
         defaults: what runs where nobody tuned, as ``Wanted.defaults`` tells, by the problems' keys.
         tried: what will be measured, the defaults first.
         ruled_out: how many valid configurations of each will not.
+        ahead: layers whose launches were prepared while others compiled.
         steps: what compiling took on the clock.
     """
 
@@ -118,6 +123,7 @@ class Search:
     tried: dict[str, list[Config]] = field(init=False, default_factory=dict)
     ruled_out: dict[str, int] = field(init=False, default_factory=dict)
     compiled: dict[str, list[Compiled]] = field(init=False, default_factory=dict)
+    ahead: dict[str, dict[Config, SparseLayer]] = field(init=False, default_factory=dict)
     steps: Steps = field(init=False, default_factory=Steps)
 
     def __post_init__(self) -> None:
@@ -159,13 +165,33 @@ class Search:
             warm_up(self.wanted[0].x.device)
         try:
             with self.steps.timed("wait"):
-                results = pool.results(lambda done: self._report("compile", done, len(queue)), seconds)
+                results = pool.results(
+                    lambda done: self._report("compile", done, len(queue)), seconds, self._launches_ahead()
+                )
         finally:
             with self.steps.timed("close"):
                 pool.close()
         by_job = dict(zip(queue, results))
         self.compiled = {key: [by_job[job] for job in mine] for key, mine in jobs.items()}
         return results
+
+    def _launches_ahead(self) -> Iterator[None]:
+        """Make the schedules that measuring will need, one a step, starting with what this process will measure.
+
+        What fails here will fail again when it is measured, and is noted there.
+        """
+        at_hand = AHEAD_BYTES
+        for turn in range(self.team.world):
+            for item in self.wanted[(self.team.rank + turn) % self.team.world :: self.team.world]:
+                copies = len(self.tried[item.key]) * item.layer.values.nbytes
+                if item.x.device.type != "cuda" or copies > at_hand:
+                    continue
+                at_hand -= copies
+                made = self.ahead.setdefault(item.key, {})
+                for config in self.tried[item.key]:
+                    with suppress(Exception):
+                        made[config] = launched_ahead(item.layer, item.x, config)
+                    yield
 
     def batches(self, jobs: dict[str, list[Job]], band: int | None = None) -> list[list[Job]]:
         """All jobs, those of one kernel together, because two workers at once would both compile it; the longest first.
@@ -211,7 +237,8 @@ class Search:
             item = self.wanted[index]
             with torch.cuda.device(item.x.device if item.x.device.type == "cuda" else -1):
                 outcome = self.outcome(item)
-                find(outcome, self.device, self.tried[item.key], len(self.defaults[item.key]))
+                ahead = self.ahead.pop(item.key, {})
+                find(outcome, self.device, self.tried[item.key], len(self.defaults[item.key]), ahead)
             if outcome.entry:
                 store.put([outcome.entry])
             on_outcome(outcome)
@@ -230,10 +257,19 @@ def predicted_us(wanted: Wanted, device: DeviceInfo, tried: list[Config]) -> flo
     return len(tried) * (500.0 + estimate_us(wanted.problem, device, tried[0]))
 
 
-def find(outcome: Outcome, device: DeviceInfo, tried: list[Config], n_defaults: int = 1) -> None:
-    """Race the configurations that compiled, then time the leaders beside the defaults, the first ``n_defaults``."""
+def find(
+    outcome: Outcome,
+    device: DeviceInfo,
+    tried: list[Config],
+    n_defaults: int = 1,
+    ahead: Mapping[Config, SparseLayer] = MappingProxyType({}),
+) -> None:
+    """Race the configurations that compiled, then time the leaders beside the defaults, the first ``n_defaults``.
+
+    ``ahead``: the layer in configurations whose launches are prepared.
+    """
     started, wanted = time.monotonic(), outcome.wanted
-    bench = LayerBench(wanted.layer, wanted.x, outcome.failures, steps=outcome.steps)
+    bench = LayerBench(wanted.layer, wanted.x, outcome.failures, outcome.steps, ahead)
     raced = bench.race(tried)
     leaders = sorted(raced, key=raced.__getitem__)[:FINALISTS]
     times = bench.final(list(dict.fromkeys([*tried[:n_defaults], *leaders])))

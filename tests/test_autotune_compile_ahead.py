@@ -80,7 +80,9 @@ def test_a_pool_tells_every_job_s_outcome_and_time() -> None:
     bad = Job(LinearProblem(4, 64, 48, (16, 32), "no_such_dtype", 4))
     pool = CompilePool([[Job(CONV), bad], [Job(LINEAR)]], "cpu", workers=2)
     seen: list[int] = []
-    fine, failed, other = pool.results(seen.append)
+    steps = iter(range(3))
+    fine, failed, other = pool.results(seen.append, meanwhile=steps)
+    assert next(steps, None) is None, "what was to be done meanwhile is done"
     assert fine.reason == "" and fine.seconds > 0 and "no_such_dtype" in failed.reason
     assert pool.team.tally("job") == 3
     for done in (fine, failed, other):

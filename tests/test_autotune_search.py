@@ -20,6 +20,7 @@ from tetris.autotune.layer_bench import LayerBench
 from tetris.autotune.problems import LayerInput
 from tetris.autotune.space import boxes, config_space, default_config, is_valid
 from tetris.autotune.store import TuningStore
+from tetris.autotune.team import Team
 from tetris.autotune.timer import Timing
 from tetris.autotune.tune_problems import Search, Wanted
 from tetris.autotune.tuner import Tuning, apply_tuned, sparse_layers, tune_model
@@ -186,7 +187,7 @@ def test_what_shares_a_kernel_is_compiled_together_and_the_longest_first(monkeyp
         def __init__(self, batches, device, team, workers, server) -> None:
             queues.append(batches)
 
-        def results(self, on_progress, seconds) -> list[Compiled]:
+        def results(self, on_progress, seconds, meanwhile) -> list[Compiled]:
             return [Compiled(str(index), 0.0) for index in range(sum(map(len, queues[0])))]
 
         def close(self) -> None: ...
@@ -199,16 +200,47 @@ def test_what_shares_a_kernel_is_compiled_together_and_the_longest_first(monkeyp
     search.tried = {first: [a, b, long], second: [b, a, c, long]}
     search.compile()
     tokens = {item.key: item.problem.tokens for item in search.wanted}
-    order = [[(first, long), (second, long)], [(second, b), (first, b)], [(first, a), (second, a)], [(second, c)]]
+    order = [[(first, long), (second, long)], [(second, c)], [(second, b), (first, b)], [(first, a), (second, a)]]
     found = [[(job.problem.tokens, job.config) for job in batch] for batch in queues[0]]
     assert found == [[(tokens[k], c.to_key()) for k, c in batch] for batch in order]
-    assert [done.reason for done in search.compiled[first]] == ["4", "3", "0"]
-    assert [done.reason for done in search.compiled[second]] == ["2", "5", "6", "1"]
+    assert [done.reason for done in search.compiled[first]] == ["5", "4", "0"]
+    assert [done.reason for done in search.compiled[second]] == ["3", "6", "2", "1"]
     assert set(search.steps.seconds) == {"start", "wait", "close"}
     search.tried = {first: [a, b, c, long], second: []}
     jobs = {first: wanted[0].jobs(search.tried[first]), second: []}
     for band, expected in ((None, [long, c, b, a]), (2, [a, b, long, c])):
         assert [job.config for (job,) in search.batches(jobs, band)] == [config.to_key() for config in expected]
+
+
+def test_launches_are_prepared_ahead_beginning_with_what_this_process_will_measure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What would take too much memory, what fails and what is no GPU's is left for later."""
+    fast, _ = converted()
+    layer, made = sparse_layers(fast)["0"], []
+
+    def launched_ahead(layer, x, config):
+        made.append((x.shape[0], config))
+        if config == b:
+            raise RuntimeError("out of memory")
+        return layer
+
+    gpu = torch.device("cuda")
+    wanted = [Wanted(str(n), layer, LayerInput((n, 64), torch.float16, gpu, False)) for n in (3000, 2000, 1000)]
+    monkeypatch.setattr(tune_problems, "launched_ahead", launched_ahead)
+    search = Search(wanted, H200, Team(0, 1, Team.alone().board))
+    search.wanted, search.team = wanted, Team(1, 2, search.team.board)
+    a, b, c = (LinearConfig(tile_tokens=tile) for tile in (16, 32, 64))
+    keys = {item.problem.tokens: item.key for item in wanted}
+    search.tried = {keys[3000]: [a, b], keys[2000]: [a, b, c], keys[1000]: [c]}
+    assert len(list(search._launches_ahead())) == 6
+    assert made == [(2000, a), (2000, b), (2000, c), (3000, a), (3000, b), (1000, c)]
+    assert list(search.ahead[keys[2000]]) == [a, c], "what failed fails again when it is measured, and is noted there"
+    made.clear()
+    monkeypatch.setattr(tune_problems, "AHEAD_BYTES", 2 * layer.values.nbytes)
+    assert len(list(search._launches_ahead())) == 2 and made == [(3000, a), (3000, b)]
+    search.wanted = [Wanted("cpu", layer, LayerInput((3000, 64), torch.float16, torch.device("cpu"), False))]
+    assert list(search._launches_ahead()) == []
 
 
 def test_races_drop_losers_early_and_find_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:

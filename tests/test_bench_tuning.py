@@ -90,7 +90,7 @@ def test_compiling_alone_lists_what_fails(args: Namespace, tmp_path: Path, monke
         def __init__(self, batches, device, team, workers, server) -> None:
             self.count = sum(map(len, batches))
 
-        def results(self, on_progress, seconds) -> list[Compiled]:
+        def results(self, on_progress, seconds, meanwhile) -> list[Compiled]:
             return [Compiled("too large" if index == 0 else "", 1.5) for index in range(self.count)]
 
         def close(self) -> None: ...
