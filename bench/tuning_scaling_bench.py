@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     most = max(args.processes)
     for suites in args.suite:
-        name, alone = "+".join(suites), math.nan
+        name = "+".join(suites)
         if torch.cuda.device_count() < most:
             rows.append(Row("tuning scaling", name, f"{most} processes", status=f"{SKIPPED}: not so many GPUs"))
             write_csv(args.out / "tuning_scaling.csv", rows)
@@ -87,11 +87,16 @@ def run(args: argparse.Namespace) -> list[Row]:
                 entered = time.monotonic()
                 found = run_processes(processes, suites, args, most, Path(folder))
                 row = summary(name, processes, found, time.monotonic() - entered)
-            alone = row.median_us if processes == args.processes[0] else alone
-            rows.append(replace(row, speedup=alone / row.median_us))
+            rows = with_speedups([*rows, row])
             write_csv(args.out / "tuning_scaling.csv", rows)
             print(show(rows[-1:]), flush=True)
     return rows
+
+
+def with_speedups(rows: list[Row]) -> list[Row]:
+    """Every search against that with one process, as soon as that has ended."""
+    alone = {row.case: row.median_us for row in rows if row.extra.get("processes") == 1}
+    return [replace(row, speedup=alone.get(row.case, math.nan) / row.median_us) for row in rows]
 
 
 def show(rows: list[Row]) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tetris.bench import tuning_scaling_bench
-from tetris.bench.rows import read_csv
+from tetris.bench.rows import Row, read_csv
 
 
 def answers(rank: int, seconds: float, measured: float, problems: int) -> list[str]:
@@ -75,6 +75,15 @@ def test_runs_are_compared_with_one_process(tmp_path: Path, monkeypatch: pytest.
     assert rows[2].status == "failed: 1 of 4 processes ended well" and rows[2].extra["compile_wall_seconds"] == 1
     assert len(set(caches)) == 18, "every run has an empty store, compiles for itself and has its own log"
     assert len(read_csv(tmp_path / "tuning_scaling.csv")) == 6
+
+
+def test_the_order_of_the_runs_does_not_matter() -> None:
+    """What is worth most runs first, because time may run out."""
+    rows = [
+        Row("", case, "", us, extra={"processes": n}) for case, n, us in (("b", 2, 6.0), ("a", 2, 5.0), ("a", 1, 9.0))
+    ]
+    found = tuning_scaling_bench.with_speedups(rows)
+    assert [row.speedup for row in found[1:]] == [9 / 5, 1.0] and math.isnan(found[0].speedup)
 
 
 def runs(process: int) -> bool:
