@@ -54,6 +54,7 @@ LAYERS: dict[str, int] = {
     "graph": 4,
     "graph_json": 4,
     "specs": 4,
+    "layer_searches": 4,
     "masking": 4,
     "conversion": 4,
     "verification": 4,

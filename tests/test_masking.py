@@ -10,7 +10,7 @@ from torch import nn
 
 import tetris
 from tests.support.fake_gpu import on_gpu
-from tetris import masking
+from tetris import layer_searches
 from tetris.errors import TetrisError
 from tetris.models import MLP, LeNet
 from tetris.plans import LayerPlan, ModelPlan
@@ -156,7 +156,7 @@ def test_a_search_shared_by_all_layers_tells_its_steps():
 def test_layers_searched_side_by_side_are_those_searched_alone(monkeypatch: pytest.MonkeyPatch):
     options = {"sparsity": 0.7, "block": (16, 8), "permutations": "separate", "steps": 4}
     alone, seen = tetris.reorderings(tetris.prune(lenet(), **options)), []
-    monkeypatch.setattr(masking, "_batches", lambda requests: [requests])
+    monkeypatch.setattr(layer_searches, "_batches", lambda requests: [requests])
     together = tetris.reorderings(tetris.prune(lenet(), progress=lambda *a: seen.append(a), **options))
     assert list(together) == list(alone) and (seen[0], seen[-1]) == (("conv2", 0, 2), ("fc1", 2, 2))
     assert [step[0] for step in seen[1:-1]][:4] == [f"conv2, step {step}" for step in (1, 2, 3, 4)]
@@ -166,13 +166,15 @@ def test_layers_searched_side_by_side_are_those_searched_alone(monkeypatch: pyte
 
 
 def test_layers_are_searched_together_on_one_gpu_only_and_within_bounds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(masking, "AT_ONCE", 100)
+    monkeypatch.setattr(layer_searches, "AT_ONCE", 100)
 
-    def request(name: str, weight: torch.Tensor) -> masking._Request:
-        return masking._Request(name, weight, "l1", (4, 4), 0.5)
+    def request(name: str, weight: torch.Tensor) -> layer_searches.Request:
+        return layer_searches.Request(name, weight, "l1", (4, 4), 0.5)
 
     def batches(weight: torch.Tensor) -> list[str]:
-        return ["".join(r.name for r in batch) for batch in masking._batches([request(n, weight) for n in "abc"])]
+        return [
+            "".join(r.name for r in batch) for batch in layer_searches._batches([request(n, weight) for n in "abc"])
+        ]
 
     assert batches(torch.ones(6, 8)) == ["a", "b", "c"] and batches(on_gpu(torch.ones(6, 8))) == ["ab", "c"]
 
