@@ -3,7 +3,7 @@
 A GPU is fed as fast as it computes only while a call takes Python less than its kernel takes the GPU. Measured are
 calls in a row without a synchronisation, so that nothing but the CPU's own time is in the result: of the layer itself
 (eager), through the registered operation (as exported programs call it), and compiled without a CUDA graph, a layer of
-a network of eight. Then whole networks, waited for.
+a network of four. Then whole networks, waited for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
 from tetris.stem import StemConv2d
 
-COPIES = 8
+COPIES = 4
 """Layers in the network whose compiled call is timed, a layer: the call's own cost is shared by as many."""
 
 

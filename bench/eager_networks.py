@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ CALLS = 20
 
 @torch.no_grad()
 def network_rows(name: str, args: argparse.Namespace) -> list[Row]:
-    """Six rows a batch: dense and converted, each eager, compiled, and compiled and replayed from a CUDA graph.
+    """Eight rows a batch: dense and converted, each eager, compiled (twice, see :func:`ways`), and from a CUDA graph.
 
     ``median_us`` is the time of a call, the GPU's included; ``cpu_us`` what the CPU alone takes to issue it; ``error``
     the relative difference from the same network eager. On a CPU there are no graphs.
@@ -65,7 +66,8 @@ def network_rows(name: str, args: argparse.Namespace) -> list[Row]:
                     extra={"cpu_us": math.nan if key.endswith("graph") else cpu[key].median_us},
                 )
             )
-        print(f"{name} b{batch}:", *(f"{row.provider} {row.median_us:.0f}" for row in rows[-len(times) :]), flush=True)
+        taken = (f"{row.provider} {row.median_us:.0f} (CPU {row.extra['cpu_us']:.0f})" for row in rows[-len(times) :])
+        print(f"{name} b{batch}:", *taken, flush=True)
     return rows
 
 
@@ -92,12 +94,19 @@ def plans_folder(device: str) -> Path:
 def ways(
     label: str, network: nn.Module, x: torch.Tensor, args: argparse.Namespace
 ) -> list[tuple[str, Callable[[], torch.Tensor]]]:
-    """(name, call) of the ways to run a network; none is graphed yet. The network meets its input before a compiler."""
+    """(name, call) of the ways to run a network; none is graphed yet. The network meets its input before a compiler.
+
+    "unguarded": torch.compile does not look at every call whether the network's modules are what they were.
+    """
     network(x)
     found: list[tuple[str, Callable[[], torch.Tensor]]] = [(f"{label} eager", partial(network, x))]
     if args.backend != "none":
         compiled = torch.compile(network, fullgraph=True, dynamic=False, backend=args.backend)
         found.append((f"{label} compiled", partial(compiled, x)))
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        if args.backend == "inductor":
+            unguarded = torch.compile(network, fullgraph=True, dynamic=False, options=options)
+            found.append((f"{label} compiled, unguarded", partial(unguarded, x)))
         if x.is_cuda:
             found.append((f"{label} compiled, graph", partial(compiled, x)))
     return found
