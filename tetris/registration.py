@@ -6,6 +6,9 @@ differentiable. It is a composite: where torch compiles, traces below autograd o
 torch 5 us to dispatch where 18 arguments and a gradient in Python cost 25, and a string is quickly looked up: on a GPU
 the kernels' launches are recorded at the second call of a kind and repeated from then on, see
 :mod:`tetris.kernels.recording`.
+
+Recordings live in this process only. A compiler keeps graphs on disk, found by the arguments of ``tetris::NAME`` and
+holding calls as they were packed: whoever changes the format of :func:`packed` gives the repeated operation a new name.
 """
 
 from __future__ import annotations
