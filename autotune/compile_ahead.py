@@ -172,11 +172,12 @@ class CompilePool:
         After ``seconds`` what is missing counts as :data:`LATE`. ``meanwhile`` is advanced until then.
         """
         names = [f"job {index}" for index in range(len(self.jobs))]
+        lasts = [names[first - 1] for first in self.firsts[1:]]
         end, meanwhile = time.monotonic() + seconds, meanwhile or iter(())
-        while not self.team.board.check(names) and time.monotonic() < end:
+        while not self.team.board.check(names) and time.monotonic() < end and self._at_work():
             on_progress(self.team.tally("job"))
             self.team.sign()
-            for index in self.team.inherit("batch", self._missing()):
+            for index in self.team.inherit("batch", self.team.missing(lasts)):
                 self._begin(self._inherited, index)
             work_until = time.monotonic() + TICK_SECONDS
             while time.monotonic() < work_until and next(meanwhile, DONE) is not DONE:
@@ -185,12 +186,9 @@ class CompilePool:
         texts = [self.team.heard(name) for name in names]
         return [LATE if text is None else Compiled(*json.loads(text)) for text in texts]
 
-    def _missing(self) -> list[int]:
-        """Batches that others may have left undone."""
-        if self.team.world == 1:
-            return []
-        last = [f"job {first - 1}" for first in self.firsts[1:]]
-        return [index for index, name in enumerate(last) if self.team.heard(name) is None]
+    def _at_work(self) -> bool:
+        """Whether anybody may still announce something: here, where no worker could be started, nobody will."""
+        return self.team.world > 1 or any(thread.is_alive() for thread in self._threads)
 
     def wait(self, seconds: float | None = None) -> list[str]:
         """Wait for all jobs, at most ``seconds``, and close; what failed, in words."""

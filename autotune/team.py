@@ -74,10 +74,10 @@ class Team:
 
     def inherit(self, kind: str, missing: Iterable[int]) -> list[int]:
         """Those of the missing items whose process is lost: they are this process's from now on."""
-        mine = []
-        for index in missing:
+        lost, mine = [rank for rank in range(self.world) if self.is_lost(rank)], []
+        for index in missing if lost else ():
             owner = int(self.heard(f"{kind} {index} is of") or self.rank)
-            if self.is_lost(owner) and self.board.add(f"{kind} {index} taken from {owner}", 1) == 1:
+            if owner in lost and self.board.add(f"{kind} {index} taken from {owner}", 1) == 1:
                 self.announce(f"{kind} {index} is of", str(self.rank))
                 mine.append(index)
         return mine
@@ -91,11 +91,15 @@ class Team:
         """
         while (index := self.claim(kind)) < len(names):
             yield index
-        while missing := [index for index, name in enumerate(names) if self.heard(name) is None]:
-            yield from self.inherit(kind, missing)
+        while names and not self.board.check(names):
+            yield from self.inherit(kind, self.missing(names))
             self.sign()
             meanwhile()
             time.sleep(TICK_SECONDS)
+
+    def missing(self, names: list[str]) -> Iterator[int]:
+        """Places of the names that are not on the board; looked up as they are asked for."""
+        return (index for index, name in enumerate(names) if not self.board.check([name]))
 
     def sign(self) -> None:
         """Show that this process lives."""
