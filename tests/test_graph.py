@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tetris
@@ -155,3 +156,46 @@ def test_converted_layers_are_leaves_of_a_trace():
     model = nn.Sequential(StemConv2d(3, 16, (3, 3)), block_sparse, nn.ReLU())
     nodes = trace(model, torch.randn(1, 3, 9, 9)).graph.nodes
     assert [n.target for n in nodes if n.op == "call_module"] == ["0", "1", "2"] and len(nodes) == 5
+
+
+class Between(nn.Module):
+    """Two layers and a function between them."""
+
+    def __init__(self, first: nn.Module, between, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.second = first, between, second
+        self.bound = nn.Parameter(torch.linspace(-1, 1, 32))
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x), self.bound))
+
+
+def halves(y, bound):
+    one, other = y.chunk(2, dim=-1)
+    return one * F.silu(other)
+
+
+def conv(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+MIXING = {
+    "chunks": (nn.Linear(32, 64), halves, nn.Linear(32, 32)),
+    "a part of a split": (nn.Linear(32, 64), lambda y, bound: y.split(32, dim=-1)[0], nn.Linear(32, 32)),
+    "bounds a channel": (nn.Linear(32, 32), lambda y, bound: torch.clamp(y, max=bound), nn.Linear(32, 32)),
+    "added by keyword": (nn.Linear(32, 32), lambda y, bound: torch.add(y, other=bound), nn.Linear(32, 32)),
+    "both by keyword": (nn.Linear(32, 32), lambda y, bound: torch.add(input=y, other=bound), nn.Linear(32, 32)),
+    "input by keyword": (nn.Linear(32, 32), lambda y, bound: F.relu(input=y).cumsum(-1), nn.Linear(32, 32)),
+    "transposed": (nn.Linear(32, 32), lambda y, bound: y.T.cumsum(0).T, nn.Linear(32, 32)),
+    "mean of the channels": (conv(8, 32), lambda y, bound: y.mean(dim=1)[:, None], conv(1, 32)),
+    "viewed": (conv(8, 32), lambda y, bound: F.max_pool2d(y, 16).view(y.size(0), -1), nn.Linear(128, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_what_lies_between_layers_computes_the_same_when_converted(kind):
+    torch.manual_seed(0)
+    model = Between(*MIXING[kind]).eval()
+    x = torch.randn(2, 8, 32, 32) if isinstance(model.first, nn.Conv2d) else torch.randn(4, 32)
+    pruned = tetris.prune(model, {"first": 0.5}, block=8, method="sort", permutations="shared", example_inputs=x)
+    assert tetris.verify(pruned, tetris.convert(pruned, example_inputs=x), example_inputs=x)

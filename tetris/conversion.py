@@ -225,6 +225,7 @@ class _Converter:
                 self.layers[name].fused = operations
             for name, source in fold_residual_biases(traced).items():
                 self.layers[name].bias_of = source
+        _reshape_views(traced)
         _clean(traced)
 
     def replace_stem(self, name: str) -> None:
@@ -277,6 +278,15 @@ def _permute_dense(module: nn.Module, order_out: torch.Tensor, order_in: torch.T
     if module.bias is not None:
         module.bias.data = module.bias.data[order_out.to(weight.device)]
     return module
+
+
+def _reshape_views(traced: fx.GraphModule) -> None:
+    """``x.view(sizes)`` becomes ``x.reshape(sizes)``: images are channels_last now, which few views can follow."""
+    for node in traced.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            given = [*node.args[1:], *node.kwargs.values()]
+            if not any(isinstance(argument, torch.dtype) for argument in given):
+                node.target = "reshape"
 
 
 def _clean(traced: fx.GraphModule) -> None:

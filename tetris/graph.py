@@ -56,6 +56,13 @@ CONCATENATIONS: set[Callable] = {torch.cat, torch.concat, torch.concatenate}
 BINARY_METHODS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div"}
 
 
+def _asks_for_the_form(node: fx.Node) -> bool:
+    """Whether a call reads only shape, dtype or the like of its tensor, not its values."""
+    return (node.op == "call_method" and node.target in ("size", "dim")) or (
+        node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
+    )
+
+
 class _Grouping:
     """Walks a traced graph once and unites the channel groups."""
 
@@ -120,6 +127,10 @@ class _Grouping:
         """The shape of a node's tensor; None for other results and for arguments that are no nodes."""
         return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
+    def tensors(self, node: fx.Node) -> list[fx.Node]:
+        """The arguments, by position or keyword, that are tensors of one dimension or more."""
+        return [argument for argument in node.all_input_nodes if self.shape(argument)]
+
     def label_of(self, node: Any) -> _Label | None:
         return self.labels.get(node) if isinstance(node, fx.Node) else None
 
@@ -139,6 +150,8 @@ class _Grouping:
             label = None
         if label is not None:
             self.labels[node] = label
+        elif not _asks_for_the_form(node):
+            self.unknown(node)  # also what returns several tensors: they may be parts of the channels
 
     def boundary(self, node: fx.Node, reason: str) -> _Label | None:
         shape = self.shape(node)
@@ -153,7 +166,7 @@ class _Grouping:
             self.fix(self.label_of(argument), f"{node.name} may mix channels")
 
     def visit_module(self, node: fx.Node, name: str, module: nn.Module) -> _Label | None:
-        x = self.label_of(node.args[0]) if node.args else None
+        x = self.label_of(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
         rank = len(self.shape(node) or ())
         if isinstance(module, nn.Conv2d):
             if module.groups == module.in_channels == module.out_channels and x is not None:
@@ -206,7 +219,7 @@ class _Grouping:
         if target in (BINARY_METHODS if is_method else BINARY_FUNCTIONS):
             return self.binary(node)
         if target in (ELEMENTWISE_METHODS if is_method else ELEMENTWISE_FUNCTIONS):
-            return x
+            return x if len(self.tensors(node)) == 1 else None
         if not is_method and target in POOLING_FUNCTIONS and x is not None and x.dim == 1:
             return x
         if target in ("flatten", torch.flatten):
@@ -218,18 +231,19 @@ class _Grouping:
             return self.concatenate(node)
         if target in ("mean", torch.mean) and x is not None and x.repeats == 1 and x.dim == 1:
             before, after = self.shape(node.args[0]), self.shape(node)
-            if before and after and len(after) > 1 and after[:2] == before[:2] and node.args[1:2] not in ((1,), ([1],)):
+            over: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            dims = {over} if isinstance(over, int) else set(over or ())
+            if before and after and len(after) > 1 and after[:2] == before[:2] and not dims & {1, 1 - len(before)}:
                 return x
-        if self.shape(node) is None or target in ("size", "dim", getattr):
-            return None  # not a tensor: no channels to follow
-        self.unknown(node)
         return None
 
     def binary(self, node: fx.Node) -> _Label | None:
-        operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and self.shape(a)]
+        operands = self.tensors(node)
         labels = [self.label_of(a) for a in operands]
         if len(operands) == 1:
             return labels[0]
+        if len(operands) != 2:
+            return None
         a, b = labels
         shapes = [self.shape(o) or () for o in operands]
         ranks = [len(shape) for shape in shapes]
