@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tetris.autotune.cost import estimate_us
 from tetris.autotune.problems import Problem
-from tetris.autotune.space import Config, config_space, default_config
+from tetris.autotune.space import Config, config_space
 from tetris.kernels.configs import DeviceInfo
 
 WITHIN, PORTABLE_WITHIN = 1.5, 1.2
@@ -32,8 +32,8 @@ def candidates(
             :data:`MOST_PORTABLE`.
         space: what ``config_space`` gives, if the caller has it.
     """
-    default = default_config(problem, device, max_pool)
     space = space or config_space(problem, device, max_pool)
+    default = space[0]
     estimates = {config: estimate_us(problem, device, config) for config in space}
     ranked = sorted(space, key=estimates.__getitem__)
     if budget is not None:  # half of them by the estimate alone, half against its errors

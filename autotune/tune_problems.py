@@ -1,7 +1,8 @@
 """A search over many problems: first all kernels are compiled and tried, in all processors, then the GPU measures.
 
-Not both at once: trials of compiled kernels made times on the same GPU up to three times too long. Several processes,
-each with a GPU, share both. What is measured is stored at once and what is compiled stays in the compiler's cache, so
+Not both at once: trials of compiled kernels made times on the same GPU up to three times too long; but schedules, which
+take Python longer than measuring takes the GPU, are made while kernels compile. Several processes, each with a GPU,
+share everything. What is measured is stored at once and what is compiled stays in the compiler's cache, so
 that an interrupted search goes on where it stopped.
 """
 
@@ -31,7 +32,7 @@ from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.autotune.timer import Timing
 from tetris.kernels.configs import Conv2dConfig, DeviceInfo, LinearConfig, LinearProblem
-from tetris.tuned_choices import Entry, problem_key
+from tetris.tuned_choices import Entry, problem_key, shipped_choice
 
 TRIAL_SECONDS = 0.02
 """About what running a compiled kernel once takes a worker."""
@@ -65,7 +66,8 @@ class Wanted:
 
     def defaults(self, device: DeviceInfo) -> list[Config]:
         """What the layer runs where nobody tuned it, with the package's table and without; mostly the same."""
-        return list(dict.fromkeys(fresh_config(self.layer, self.problem, device, shipped) for shipped in (True, False)))
+        tables = (True, False) if shipped_choice(self.problem, device, pools(self.layer)) else (False,)
+        return list(dict.fromkeys(fresh_config(self.layer, self.problem, device, shipped) for shipped in tables))
 
     def jobs(self, configs: Sequence[Config]) -> list[Job]:
         """What compiles and tries the layer's kernels in another process."""
