@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tetris
@@ -181,6 +182,42 @@ def test_verify_finds_a_corrupted_layer():
     assert not report and [c.name for c in report.layers if not c.passed] == ["fc1"] and "FAILED" in str(report)
     fast.get_submodule("fc1").values.data[0] = float("nan")
     assert not tetris.verify(pruned, fast, example_inputs=x).outputs[0].passed
+
+
+class InPlace(nn.Module):
+    """Two convolutions whose results are changed in place by operations that no epilogue does, and two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.again = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        y = F.hardswish(self.again(self.norm(self.a(x))), inplace=True)
+        return F.leaky_relu_(self.b(y) + y)
+
+
+def test_verify_sees_layers_before_what_follows_changes_them_in_place():
+    model, x = InPlace(), torch.randn(2, 8, 9, 9)
+    for norm in (model.norm, model.again):
+        norm.running_var.uniform_(0.5, 2.0)
+        norm.running_mean.uniform_(-1.0, 1.0)
+    pruned = tetris.prune(model.eval(), {"a": 0.5, "b": 0.5}, block=4, method="sort", example_inputs=x)
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert fast.conversion.layers["a"].batch_norm == "norm" and fast.conversion.layers["b"].fused == ["residual"]
+    report = tetris.verify(pruned, fast, example_inputs=x)
+    assert report.passed, str(report)
+
+
+def test_verify_says_when_a_model_does_not_run_in_float64():
+    class Single(MLP):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    model, x = Single(32, 64, 32), torch.randn(3, 32)
+    pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
+    with pytest.raises(TetrisError, match=r"Single failed .*look for \.float\(\)"):
+        tetris.verify(pruned, tetris.convert(pruned, example_inputs=x), example_inputs=x)
 
 
 def test_verify_wants_a_converted_model():

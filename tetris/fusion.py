@@ -51,6 +51,7 @@ def fold_batch_norms(traced: fx.GraphModule) -> dict[str, str]:
         if (
             type(conv) is not nn.Conv2d
             or norm.running_mean is None
+            or str(source.target) in folded  # a second norm stays: verification knows one a convolution
             or not {str(source.target), str(node.target)} <= once
         ):
             continue

@@ -89,9 +89,9 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
         a report; ``print`` it, or ask ``report.passed``. End to end the limit grows with the square root of the number
         of layers, as independent roundings do, or is twice the masked model's own rounding error if that is larger.
     Raises:
-        TetrisError: ``fast`` is no converted model; outputs that differ in structure.
-    Cost: a copy of the masked model, one forward pass of each model and one of the masked one in float64; two with
-    quantised weights.
+        TetrisError: ``fast`` is no converted model; outputs that differ in structure; a model that fails in float64.
+    Cost: a copy of the masked model and of every converted layer's inputs and outputs, one forward pass of each model
+    and one of the masked one in float64; two with quantised weights.
     """
     record = getattr(fast, "conversion", None)
     if not isinstance(record, Conversion):
@@ -115,11 +115,10 @@ def verify(pruned: nn.Module, fast: nn.Module, example_inputs: ExampleInputs) ->
     with torch.no_grad():
         own = masked(*args, **kwargs)
         reference_model = masked.double()
-        exact_args, exact_kwargs = _to_double(args), _to_double(kwargs)
-        exact = reference = reference_model(*exact_args, **exact_kwargs)
+        exact = reference = _in_double(reference_model, args, kwargs)
         quantization = _quantize_weights(reference_model, record)
         if quantization:
-            reference = reference_model(*exact_args, **exact_kwargs)
+            reference = _in_double(reference_model, args, kwargs)
         layers = [
             _check_layer(reference_model, fast.get_submodule(name), record.layers, name, *captured[name])  # type: ignore[arg-type]
             for name in captured
@@ -144,9 +143,22 @@ def _quantize_weights(model: nn.Module, record: Conversion) -> dict[str, float]:
     return errors
 
 
+def _in_double(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What ``model``, which is in float64, computes; a model that asks for another dtype inside cannot be compared."""
+    try:
+        return model(*_to_double(args), **_to_double(kwargs))
+    except RuntimeError as error:
+        raise TetrisError(
+            f"verify: wanted a model that runs in float64, the reference; {type(model).__name__} failed "
+            f"({str(error).strip().splitlines()[0]}); look for .float() or .to(torch.float32) in its forward"
+        ) from error
+
+
 def _capture(name: str, captured: dict[str, tuple[Tensor, Tensor | None, Tensor]]) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        captured[name] = (args[0].detach(), kwargs.get("residual"), output.detach())
+        residual = kwargs.get("residual")  # copies: what follows may work in place
+        copied = None if residual is None else residual.detach().clone()
+        captured[name] = (args[0].detach().clone(), copied, output.detach().clone())
 
     return hook
 
