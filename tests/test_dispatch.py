@@ -244,6 +244,23 @@ def test_a_permutation_of_groups_is_left_to_the_kernel_that_stores_it(h200):
     assert [p_out is None for _, p_out in called] == [False, True]  # with a residual, steps of their own
 
 
+@pytest.mark.parametrize("pools", [True, False], ids=["in the kernel", "behind it"])
+def test_pooling_that_the_kernel_does_not_do_is_an_operation_of_its_own(pools, monkeypatch):
+    """So that the launches of the convolution, which torch's pooling is not, are repeated."""
+    layout = random_layout((32, 16), (16, 16), 1.0)
+    values = torch.randn(2, 9, 16, 16)
+    layer = tetris.BlockSparseConv2d(
+        16, 32, (3, 3), (16, 16), 2, padding=(1, 1), max_pool=True, values=values, layout=layout
+    )
+    x, asked = torch.randn(1, 16, 6, 6), []
+    expected = layer(x)
+    layer._make_launch = lambda x: Launch("", pools=pools)  # type: ignore[method-assign]
+    whole = ops.block_sparse_conv2d
+    monkeypatch.setattr(ops, "block_sparse_conv2d", lambda *given: asked.append(given[-3]) or whole(*given))
+    torch.testing.assert_close(layer._run(x.as_subclass(Elsewhere), None, 1).as_subclass(torch.Tensor), expected)
+    assert asked == [pools]
+
+
 @pytest.mark.usefixtures("triton_kernels")
 def test_the_gpu_operators_launch_the_kernels_of_their_configs(h200, device):
     """The bodies that torch calls for CUDA tensors, here on the interpreter's operands."""

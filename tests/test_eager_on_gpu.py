@@ -184,6 +184,17 @@ def test_compiled_layers_see_changed_weights(anew: list[str]) -> None:
         assert torch.equal(compiled(x), slow(layer, x))
 
 
+@torch.no_grad()
+def test_the_convolution_before_a_pooling_of_torch_is_repeated(anew: list[str]) -> None:
+    layer, x, _ = made(next(case for case in CASES if case.kernel == "portable" and case.size))
+    layer.max_pool = True
+    for _ in range(4):
+        anew.clear()
+        y = layer(x)
+    assert layer._calls.refused.startswith("it runs aten.max_pool2d") and anew == []
+    assert torch.equal(y, slow(layer, x)) and y.shape[-1] == x.shape[-1] // 2
+
+
 @torch.inference_mode()
 def test_inference_mode_repeats_too(anew: list[str]) -> None:
     layer, x, _ = made(CONV)

@@ -31,11 +31,13 @@ class Launch:
     """What an operation needs beyond its tensors: a config key ("" = the portable default) and schedule tensors.
 
     ``permutes_output``: the kernel stores permuted channels itself, cheaper than a pass of its own; others do not.
+    ``pools``: so it does with max-pooling.
     """
 
     config: str = ""
     schedule: list[Tensor] = field(default_factory=list)
     permutes_output: bool = False
+    pools: bool = False
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -81,7 +83,7 @@ def conv2d_launch(
     )
     config = grouped if permutes else config
     schedule = conv2d_schedule(indptr, indices, problem, config, device.sm_count, indptr.device, values)
-    return Launch(config.to_key(), schedule.tensors, permutes)
+    return Launch(config.to_key(), schedule.tensors, permutes, max_pool)
 
 
 def linear_launch(

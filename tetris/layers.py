@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tetris import ops
@@ -235,11 +236,13 @@ class BlockSparseConv2d(BlockSparseLayer):
 
     def _call(self, x: Tensor, residual: Tensor | None, permutations: Permutations, launch: Launch) -> Tensor:
         conv2d = ops.run_conv2d if ops.directly() else ops.block_sparse_conv2d
-        return conv2d(
+        y = conv2d(
             x, self.blocks, self.indptr, self.indices, self.bias, residual, *permutations, launch.schedule,
             self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.activation,
-            self.max_pool, torch.backends.cudnn.allow_tf32, launch.config,
+            launch.pools, torch.backends.cudnn.allow_tf32, launch.config,
         )  # fmt: skip
+        # an operation of its own, so that the convolution's launches can be repeated
+        return F.max_pool2d(y, 2) if self.max_pool and not launch.pools else y
 
     def _make_launch(self, x: Tensor) -> Launch:
         problem = Conv2dProblem(

@@ -200,7 +200,7 @@ def unpacked(x: Tensor, residual: Tensor | None, constants: Sequence[Tensor], ca
     Raises:
         ShapeError: the constants are not those that the call describes.
     """
-    described = json.loads(call)
+    described = _described(call)
     rest = list(constants)
     arguments: Arguments = {"x": x, **described["others"]}
     if residual is not None:
@@ -213,6 +213,12 @@ def unpacked(x: Tensor, residual: Tensor | None, constants: Sequence[Tensor], ca
             raise ShapeError(f"{described['operation']}: wanted {key} like {layout}; got {[*map(describe, tensors)]}")
         arguments[key] = tensors if several else tensors[0]
     return arguments
+
+
+@functools.lru_cache(maxsize=MOST_KINDS)
+def _described(call: str) -> dict[str, Any]:
+    """What a call says; to be read only."""
+    return json.loads(call)
 
 
 def _constant(tensor: Tensor) -> dict[str, Any]:
