@@ -209,15 +209,24 @@ def test_verify_sees_layers_before_what_follows_changes_them_in_place():
     assert report.passed, str(report)
 
 
-def test_verify_says_when_a_model_does_not_run_in_float64():
-    class Single(MLP):
-        def forward(self, x):
-            return super().forward(x.float())
+class Casting(MLP):
+    """Bytes in; casts on the way, and a tensor of its own if asked."""
 
-    model, x = Single(32, 64, 32), torch.randn(3, 32)
+    own: torch.dtype | None = None
+
+    def forward(self, x):
+        x = (x.float() / 255).to(torch.float32)
+        return super().forward(x if self.own is None else torch.ones(3, 32, dtype=self.own))
+
+
+def test_verify_runs_models_with_casts_in_float64_and_says_when_one_does_not():
+    model, x = Casting(32, 64, 32), torch.randint(256, (3, 32), dtype=torch.uint8)
     pruned = tetris.prune(model, 0.5, block=8, method="sort", example_inputs=x)
-    with pytest.raises(TetrisError, match=r"Single failed .*look for \.float\(\)"):
-        tetris.verify(pruned, tetris.convert(pruned, example_inputs=x), example_inputs=x)
+    fast = tetris.convert(pruned, example_inputs=x)
+    assert tetris.verify(pruned, fast, example_inputs=x)
+    pruned.own = torch.float32
+    with pytest.raises(TetrisError, match=r"Casting failed .*look for tensors that its forward makes"):
+        tetris.verify(pruned, fast, example_inputs=x)
 
 
 def test_verify_wants_a_converted_model():

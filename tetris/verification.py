@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tetris.block_sparse_layer import BlockSparseLayer, FusedLayer
 from tetris.conversion import Conversion, ConvertedLayer
@@ -143,14 +144,32 @@ def _quantize_weights(model: nn.Module, record: Conversion) -> dict[str, float]:
     return errors
 
 
+class _CastsToDouble(TorchFunctionMode):
+    """While it is entered, a model's own casts to a floating-point dtype, ``x.float()`` say, give float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        if func is Tensor.to:
+            args = tuple(_double_dtype(value) for value in args)
+            kwargs = {name: _double_dtype(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _double_dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
 def _in_double(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What ``model``, which is in float64, computes; a model that asks for another dtype inside cannot be compared."""
+    """What ``model``, which is in float64, computes on inputs in float64."""
     try:
-        return model(*_to_double(args), **_to_double(kwargs))
+        with _CastsToDouble():
+            return model(*_to_double(args), **_to_double(kwargs))
     except RuntimeError as error:
         raise TetrisError(
             f"verify: wanted a model that runs in float64, the reference; {type(model).__name__} failed "
-            f"({str(error).strip().splitlines()[0]}); look for .float() or .to(torch.float32) in its forward"
+            f"({str(error).strip().splitlines()[0]}); look for tensors that its forward makes in another dtype"
         ) from error
 
 
