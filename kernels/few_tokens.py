@@ -17,6 +17,11 @@ from tetris.layout import ceil_div
 
 DECODE_TOKENS = 16
 """Up to one matrix instruction's columns of tokens."""
+LONG_WALK = 1920
+"""Kept inputs of a row that one token walks whole in steps of 1024 by 4 warps instead of 512 by 8 (H200: 16384 -> 4096
+at 27 % random 15.0 us instead of 16.0, 14336 -> 4096 13.9 / 14.7, 4096 -> 4096 at 4 % reordered 7.6 / 8.5; but 26
+blocks of 64, 4096 -> 4096 at 27 %, 9.0 / 8.8). So are rows that such a step holds and one of 512 does not (1024 -> 4096
+6.9 / 7.2)."""
 LONG_INPUTS = 4096
 """Kept inputs of a row that one token's long steps may walk whole."""
 SPLIT_TILES, MOST_TILES = (16, 32, 64, 128), 8
@@ -55,7 +60,11 @@ def fastest_vector(
     schedule = make_vector_schedule(indptr, problem.block, wide, device.sm_count)
     one_step = schedule.longest_part * problem.block[1] <= wide.tile_k
     if (schedule.most_parts == 1 or one_step) and len(schedule.parts) <= programs_at_once(wide, device.sm_count):
-        return wide, schedule
+        longer = replace(wide, tile_k=2 * wide.tile_k, num_warps=narrow.num_warps)
+        inputs = schedule.longest_part * problem.block[1]
+        if inputs < LONG_WALK and not wide.tile_k < inputs <= longer.tile_k:
+            return wide, schedule
+        return longer, make_vector_schedule(indptr, problem.block, longer, device.sm_count)
     short = make_vector_schedule(indptr, problem.block, narrow, device.sm_count)
     longest = int(indptr.diff().max())
     too_many = short.longest_part * problem.block[1] > 2 * LEAST_INPUTS

@@ -57,7 +57,8 @@ HARDLY_SHARED = 0.9
 reads as much and takes shorter tasks (H200, random layouts, 64 x 64: 4 % kept, ratio .91: 95 against 105 us; but 10 %,
 .88: 217 against 200, 27 %, .76: 166 against 138, and reordered 10 %, .53: 217 against 163)."""
 
-
+SPARSE = 0.06
+"""Kept fraction under which the Hopper kernel's tasks have 128 tokens."""
 NARROW = tuple(LinearConfig(kernel="narrow", tile_out=tile_out) for tile_out in TILE_OUT)
 
 
@@ -71,12 +72,22 @@ def refuses_weights(weight_dtype: str, device: DeviceInfo) -> str | None:
 def hopper_config(problem: LinearProblem, device: DeviceInfo) -> LinearConfig:
     """256 tokens a task where that makes nearly two tasks for every multiprocessor, else 128; see :func:`fastest_wide`.
 
-    Between one and two, the second round would leave most idle. Below 6 % of the blocks kept, block rows differ so
-    much that smaller tasks pay by their balance (H200, 4096 tokens, 25088 -> 4096 at 4 %: 82 against 88 us reordered).
+    Between one and two, the second round would leave most idle.
     """
     tasks = ceil_div(problem.out_features, 128) * ceil_div(problem.tokens, 256)
+    large = tasks >= 1.7 * device.sm_count and max(wide_tiles(problem)) == 256
+    return LinearConfig(kernel="hopper", tile_tokens=256 if large else 128)
+
+
+def wide_tiles(problem: LinearProblem) -> list[int]:
+    """Tokens of a task that are worth a try: no more than there are, and 128 where few blocks are kept.
+
+    Their inputs lie far apart, and large tiles of them leave the L2 cache before all strips have read them (H200, 4096
+    tokens, 25088 -> 4096 at 4 %, tiles of 128 / 256: reordered 82 / 88 us, random 100 / 114).
+    """
     kept = problem.n_blocks * problem.block[0] * problem.block[1] / (problem.in_features * problem.out_features)
-    return LinearConfig(kernel="hopper", tile_tokens=256 if tasks >= 1.7 * device.sm_count and kept >= 0.06 else 128)
+    most = next_power_of_two(problem.tokens, min(TILE_TOKENS)) if kept >= SPARSE else min(TILE_TOKENS)
+    return [tile for tile in sorted(TILE_TOKENS) if tile <= most]
 
 
 def fastest_wide(
@@ -89,8 +100,7 @@ def fastest_wide(
 
     Cost: two schedules, 20 to 300 ms of host time.
     """
-    tiles = [tile for tile in sorted(TILE_TOKENS) if tile <= next_power_of_two(problem.tokens, min(TILE_TOKENS))]
-    configs = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in tiles]
+    configs = [LinearConfig(kernel="hopper", tile_tokens=tile) for tile in wide_tiles(problem)]
     made = [(config, wide_schedule(problem, config, indptr, indices, device.sm_count)) for config in configs]
     return min(made, key=lambda choice: choice[1].clocks)
 

@@ -38,7 +38,7 @@ TURNS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Clocks:
-    """What a launch takes, in clocks of an H200's multiprocessor, fitted to 39 layers (results/h200/few_tokens.csv).
+    """What a launch takes, in clocks of an H200's multiprocessor, fitted to 62 layers (bench/NOTES.md, "few tokens").
 
     Attributes:
         launch: an empty kernel and the store of the output.
@@ -50,15 +50,15 @@ class Clocks:
         cut: where any row is cut; mix_rate: bytes a clock and multiprocessor of all cut parts' sums.
     """
 
-    launch: float = 5269.0
-    prologue: float = 6038.0
-    step: float = 477.0
-    arrive: float = 1811.0
-    merge_rate: float = 31.7
-    rate: float = 61.1
-    task: float = 415.0
-    cut: float = 3904.0
-    mix_rate: float = 6.5
+    launch: float = 5108.0
+    prologue: float = 5038.0
+    step: float = 517.0
+    arrive: float = 1764.0
+    merge_rate: float = 33.7
+    rate: float = 50.8
+    task: float = 846.0
+    cut: float = 3212.0
+    mix_rate: float = 9.6
 
     def of_launch(
         self,

@@ -11,11 +11,11 @@ from tests.support.fake_gpu import H200
 from tetris.autotune.problems import fresh_config
 from tetris.bench.cases import random_layout, scaled_weight
 from tetris.dispatch import conv2d_launch, linear_launch
-from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearProblem
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem, LinearConfig, LinearProblem
 from tetris.kernels.conv2d_paths import choose_conv2d_config, config_for_layout
 from tetris.kernels.hopper.linear_clocks import LinearClocks
 from tetris.kernels.hopper.pointwise_conv2d import as_linear
-from tetris.kernels.linear_paths import choose_linear_config, fastest_wide, untuned_linear, wide_schedule
+from tetris.kernels.linear_paths import choose_linear_config, fastest_wide, untuned_linear, wide_schedule, wide_tiles
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
 from tetris.layout import BlockLayout
 from tetris.reordering import reorder
@@ -26,6 +26,11 @@ MEASURED = {
     (512, 4096, 16384, "random"): {128: 42.4, 256: 38.2},
     (8192, 4096, 1024, "reordered"): {128: 38.8, 256: 44.6},
     (8192, 4096, 1024, "random"): {128: 49.7, 256: 41.6},
+    (512, 4096, 4096, "reordered"): {128: 21.1, 256: 25.9},
+    (512, 4096, 4096, "random"): {128: 17.7, 256: 23.6},
+    (1024, 4096, 4096, "random"): {128: 25.4, 256: 25.5},
+    (8192, 1024, 4096, "reordered"): {128: 44.1, 256: 40.3},
+    (8192, 4096, 4096, "random"): {128: 177.2, 256: 139.5},
 }
 """(tokens, inputs, outputs, layout): us by tokens of a task; 27 % of 64 x 64 kept, H200, cold L2."""
 
@@ -47,7 +52,7 @@ def test_the_tile_that_was_measured_to_be_faster_is_chosen(case: tuple[int, int,
     layout = layout_of(kind, (outputs, inputs))
     problem = problem_of(tokens, layout)
     config, schedule = fastest_wide(problem, H200, layout.indptr, layout.indices)
-    assert config.tile_tokens == min(MEASURED[case], key=lambda tile: MEASURED[case][tile])
+    assert MEASURED[case][config.tile_tokens] <= 1.01 * min(MEASURED[case].values())
     assert schedule.clocks == pytest.approx(CLOCKS_PER_US * MEASURED[case][config.tile_tokens], rel=0.15)
     again = wide_schedule(problem, config, layout.indptr, layout.indices, H200.sm_count)
     assert all(torch.equal(a, b) for a, b in zip(schedule.tensors, again.tensors)), "a config and a layout give one"
@@ -70,6 +75,24 @@ def test_few_tokens_take_small_tiles() -> None:
     for tokens in (17, 128):
         config, _ = fastest_wide(problem_of(tokens, layout), H200, layout.indptr, layout.indices)
         assert config.tile_tokens == 128
+
+
+def test_where_few_blocks_are_kept_tasks_are_small() -> None:
+    sparse = random_layout((4096, 25088), (64, 64), 0.04).without_empty_rows()
+    assert wide_tiles(problem_of(4096, sparse)) == [128]
+    assert wide_tiles(problem_of(8192, random_layout((1024, 4096), (64, 64), 0.27))) == [128, 256]
+
+
+def test_where_memory_takes_longest_tasks_keep_the_order_of_the_pixels() -> None:
+    """Programs that run at the same time read the same pixels: no later round reads them from memory again."""
+    mask = torch.zeros(4, 16, dtype=torch.bool)
+    mask[0, :10] = mask[1, :4] = mask[2, :2] = mask[3, :1] = True
+    layout = BlockLayout.from_mask(mask, (256, 1024), (64, 64))
+    problem = problem_of(128 * 14 * 14, layout)
+    config = LinearConfig(kernel="hopper", tile_tokens=256)
+    schedule = wide_schedule(problem, config, layout.indptr, layout.indices, H200.sm_count)
+    first = schedule.tasks[0, :, 0]
+    assert first.sort().values.equal(torch.arange(66).repeat_interleave(2).int() * 256)
 
 
 def test_a_pointwise_convolution_chooses_by_its_layout_too(monkeypatch: pytest.MonkeyPatch) -> None:
