@@ -114,18 +114,11 @@ def replaced(path: str | Path, rows: list[Row]) -> list[Row]:
 
     For a bench that runs some of its cases: the file keeps what it says of the others.
     """
-    new: dict[str, list[Row]] = {}
-    for row in rows:
-        new.setdefault(row.case, []).append(row)
-    kept: list[Row] = []
-    placed: set[str] = set()
-    for row in read_csv(path) if Path(path).is_file() else []:
-        if row.case not in new:
-            kept.append(row)
-        elif row.case not in placed:
-            kept += new[row.case]
-            placed.add(row.case)
-    return kept + [row for row in rows if row.case not in placed]
+    measured = {row.case for row in rows}
+    new = {(row.case, row.provider): row for row in rows}
+    old = read_csv(path) if Path(path).is_file() else []
+    kept = [row if row.case not in measured else new.pop((row.case, row.provider), None) for row in old]
+    return [row for row in kept if row is not None] + list(new.values())
 
 
 def read_csv(path: str | Path) -> list[Row]:

@@ -24,8 +24,9 @@ def test_rows_of_measured_cases_take_the_place_of_old_ones(tmp_path) -> None:
     new = [Row("conv", case, "tetris", time) for case, time in (("b", 2.0), ("d", 4.0))]
     assert replaced(file, new) == new  # no file yet
     write_csv(file, [Row("conv", case, p, 9.0) for case in "abc" for p in ("cudnn", "tetris")])
-    rows = [(row.case, row.median_us) for row in replaced(file, new)]
-    assert rows == [("a", 9.0), ("a", 9.0), ("b", 2.0), ("c", 9.0), ("c", 9.0), ("d", 4.0)]
+    rows = [(row.case, row.provider, row.median_us) for row in replaced(file, new)]
+    others = [(case, provider, 9.0) for case in "ac" for provider in ("cudnn", "tetris")]
+    assert rows == [*others[:2], ("b", "tetris", 2.0), *others[2:], ("d", "tetris", 4.0)]
 
 
 def test_csv_round_trip(tmp_path) -> None:
