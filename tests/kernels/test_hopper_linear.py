@@ -99,13 +99,17 @@ def test_cut_pairs_match_the_reference(block, tile_tokens, device, monkeypatch):
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize(("tokens", "tile_tokens"), [(4096, 256), (300, 128)])
-def test_is_the_same_every_time(tokens, tile_tokens, device):
+@pytest.mark.parametrize(("tokens", "inputs", "tile_tokens", "cut"), [(4096, 2048, 256, False), (300, 8192, 128, True)])
+def test_is_the_same_every_time(tokens, inputs, tile_tokens, cut, device):
     """No race: bit-identical results over many runs, of whole pairs and of cut ones."""
     from tetris.kernels.hopper.linear import block_sparse_linear
 
-    operands = linear_operands(LinearCase(2048, 2048, (64, 64), (tokens,), kept=0.3), torch.float16, device)
-    config = LinearConfig(kernel="hopper", tile_tokens=tile_tokens)
-    first = block_sparse_linear(**operands, config=config)
+    operands = linear_operands(LinearCase(2048, inputs, (64, 64), (tokens,), kept=0.3), torch.float16, device)
+    schedule = make_linear_schedule(
+        operands["indptr"], operands["indices"], block=(64, 64), tokens=tokens, tile_tokens=tile_tokens, n_programs=132
+    )
+    assert (len(schedule.counters) > 100) == cut
+    options = dict(config=LinearConfig(kernel="hopper", tile_tokens=tile_tokens), schedule=schedule.tensors)
+    first = block_sparse_linear(**operands, **options)
     for _ in range(50):
-        assert torch.equal(first, block_sparse_linear(**operands, config=config))
+        assert torch.equal(first, block_sparse_linear(**operands, **options))
