@@ -14,12 +14,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from socket import SHUT_RDWR
 from typing import NamedTuple
 
-from tetris.autotune.compile_job import ANSWER, Job
+from tetris.autotune.compile_job import ANSWER, READY, Job
 from tetris.autotune.compile_server import CLOSE_SECONDS, ENDED, STARTED, CompileServer
 from tetris.autotune.team import TICK_SECONDS, Team, processes_here
 
@@ -53,42 +53,61 @@ class Worker:
 
     def start(self) -> None:
         """Have the process started; nobody waits for it."""
-        self.started, self.process, self.ended = time.monotonic(), 0, False
+        self.started, self.process, self.ended = time.monotonic(), 0, ""
+        self.said: deque[str] = deque(maxlen=3)
         self.socket = self.server.worker(self.device)
         self.lines = self.socket.makefile("rw", errors="replace")
+
+    def wait_until_ready(self, seconds: float = JOB_SECONDS) -> None:
+        """Wait until it takes jobs; what cannot start says why when it gets one."""
+        with self._alarm(seconds):
+            self._listen(READY)
 
     def compile(self, job: Job, seconds: float = JOB_SECONDS) -> Compiled:
         """Have the job compiled and run once."""
         if self.ended:
             self.start()
-        started, code = time.monotonic(), "nothing"
-        alarm = threading.Timer(seconds, self.kill)
-        alarm.start()
-        said: deque[str] = deque(maxlen=3)
-        try:
-            self.lines.write(json.dumps(job.to_json()) + "\n")
-            self.lines.flush()
+        started = time.monotonic()
+        with self._alarm(seconds):
+            with suppress(OSError):  # it died while idle, or its server did
+                self.lines.write(json.dumps(job.to_json()) + "\n")
+                self.lines.flush()
+            if (answer := self._listen(ANSWER)) is not None:
+                reason, taken, parts = json.loads(answer)
+                return Compiled(reason, taken, {"started": self.started, **parts})
+        taken = time.monotonic() - started
+        if taken >= seconds:
+            return Compiled(f"ended after {seconds:g} s", taken)
+        what = " | ".join(self.said) or self.server.said()
+        return Compiled(f"the worker ended with {self.ended}: {what[-300:]}", taken)
+
+    def _listen(self, wanted: str) -> str | None:
+        """The rest of the next line that begins so; None if the process ended before."""
+        code = "nothing"
+        with suppress(OSError):
             for line in map(str.strip, self.lines):
-                if line.startswith(ANSWER):
-                    reason, taken, parts = json.loads(line.removeprefix(ANSWER))
-                    return Compiled(reason, taken, {"started": self.started, **parts})
+                if line.startswith(wanted):
+                    return line.removeprefix(wanted)
                 if line.startswith(STARTED):
                     self.process = int(line.removeprefix(STARTED))
                 elif line.startswith(ENDED):
                     code = line.removeprefix(ENDED)
                     break
-                elif line:
-                    said.append(line)
-        except OSError:
-            pass  # it died while idle, or its server did: said below
+                elif line and line != READY:
+                    self.said.append(line)
+        self.ended = code
+        self.socket.close()
+        return None
+
+    @contextmanager
+    def _alarm(self, seconds: float) -> Iterator[None]:
+        """End the process if what happens within takes longer."""
+        alarm = threading.Timer(seconds, self.kill)
+        alarm.start()
+        try:
+            yield
         finally:
             alarm.cancel()
-        self.ended, taken = True, time.monotonic() - started
-        self.socket.close()
-        if taken >= seconds:
-            return Compiled(f"ended after {seconds:g} s", taken)
-        what = " | ".join(said) or self.server.said()
-        return Compiled(f"the worker ended with {code}: {what[-300:]}", taken)
 
     def kill(self) -> None:
         """End a process that hangs, or that has not even started."""
@@ -141,6 +160,7 @@ class CompilePool:
     def _work(self, number: int) -> None:
         """A worker's thread: batches until none is left; then the process ends, and leaves the GPU to others."""
         worker = Worker(self.server, self.device)
+        worker.wait_until_ready()  # meanwhile others may be: they take the longest
         while not self._closed and (index := self.team.claim("batch")) < len(self.batches):
             self._compile(index, worker, number)
         worker.close()

@@ -28,6 +28,8 @@ from tetris.tuned_choices import shipped_choice
 
 ANSWER = "compile_ahead:"
 """How a worker's answers begin; compilers print to standard output too."""
+READY = "compile_ahead is ready"
+"""What a worker says when it takes jobs."""
 PARTS = {
     "ready": "when the worker had imported what it needs and opened the GPU",
     "began": "when it took the job",
@@ -175,7 +177,9 @@ def even_layout(shape: tuple[int, int], block: tuple[int, int], n_blocks: int, d
 
 
 def work(device: str) -> int:
-    """A worker. Whatever a compiler or a driver raises is the answer; after an error on the GPU it gives up.
+    """A worker: says when it is ready, then answers jobs.
+
+    Whatever a compiler or a driver raises is an answer; after an error on the GPU it gives up.
 
     Returns:
         the process's exit code.
@@ -184,6 +188,7 @@ def work(device: str) -> int:
         torch.cuda.set_device(device)
     torch.zeros(1, device=device)
     ready = time.monotonic()
+    print(READY, flush=True)
     for line in sys.stdin:
         reason, seconds, parts = answer(Job.from_json(json.loads(line)), device)
         print(ANSWER, json.dumps([reason, seconds, {"ready": ready, **parts}]), flush=True)

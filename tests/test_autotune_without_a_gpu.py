@@ -159,7 +159,9 @@ def test_a_worker_answers_every_job_and_ends_after_an_error_on_the_gpu(
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps(job.to_json()) for job in jobs)))
     assert compile_job.work("cpu") == 1
     assert done == [(jobs[0], "cpu")]
-    answers = [json.loads(line.removeprefix(compile_job.ANSWER)) for line in capsys.readouterr().out.splitlines()]
+    first, *lines = capsys.readouterr().out.splitlines()
+    answers = [json.loads(line.removeprefix(compile_job.ANSWER)) for line in lines]
+    assert first == compile_job.READY
     assert [reason for reason, *_ in answers[:1]] == [""] and "KeyError" in answers[1][0] and len(answers) == 3
 
 
