@@ -70,7 +70,9 @@ def prune(
     out: Annotated[Path, typer.Option(help="New directory for the fast model and the report.")],
     sparsity: Annotated[str, typer.Option(help="Fraction to prune: 0.73, or 'conv*=0.5,fc1=0.9' by layer.")] = "0.73",
     block: Annotated[str, typer.Option(help="auto, a size such as 32, or OUTxIN such as 64x32.")] = "auto",
-    method: Annotated[str, typer.Option(help="none, sort, paper, batched, exact or annealed.")] = "annealed",
+    method: Annotated[
+        str, typer.Option(help="none, sort (seconds), paper, batched, exact or annealed (best).")
+    ] = "annealed",
     importance: Annotated[str, typer.Option(help="l1 or l2.")] = "l1",
     weights: Weights = None,
     input_shape: InputShape = None,
