@@ -19,6 +19,7 @@ from tetris.kernels.hopper.narrow_linear_schedule import (
     make_narrow_schedule,
     ring_stages,
     strip_outputs,
+    token_halves,
 )
 from tetris.kernels.recording import launch
 
@@ -91,7 +92,7 @@ def block_sparse_linear(
     groups, entries, program_ptr, order = schedule
     places = entries.shape[1] - 3
     tile_out = config.tile_out or TILE_OUT[0]
-    n = strip_outputs(block[0], tile_out)
+    n = strip_outputs(block, tile_out)
 
     def descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
         layout = NVMMASharedLayout(LINE * ITEM_SIZE, 8 * ITEM_SIZE, rank=2)
@@ -112,6 +113,7 @@ def block_sparse_linear(
         order,
         len(groups),
         out_features,
+        HALVES=token_halves(block),
         TILE_O=tile_out,
         N=n,
         TILE_K=block[1],

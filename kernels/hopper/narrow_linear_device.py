@@ -5,18 +5,22 @@ y[m, o] = epilogue(sum over kept blocks (o-block, k-block) of x[m, k] W[o, k]).
 Where small kept blocks lie scattered, tiles of 64 outputs by hundreds of tokens (see ``linear_device``) multiply zeros
 and fetch inputs for few products. Here a task is 128 tokens and a *group* of up to TILE_O outputs in strips of ``N``, a
 strip being a block row or, of taller ones, 64 or 128 outputs. Its *stages* are all inputs that any strip keeps, 64 at a
-time, fetched once for all of them; every strip multiplies just what it keeps, [128 tokens x TILE_K] by [TILE_K x N], in
-a branch of its own that a bit of the stage's mask opens. ptxas lets these products run in parallel as long as they are
-waited for once, at the end of the stage. A branch costs as much as a product of 64 tokens, so each matrix warp group
-takes all tokens for half of the strips rather than half of the tokens for all.
+time, fetched once for all of them; every strip multiplies just what it keeps, [tokens x TILE_K] by [TILE_K x N], in a
+branch of its own that a bit of the stage's mask opens. ptxas lets these products run in parallel as long as they are
+waited for once, at the end of the stage.
 
-With 384 outputs the sums fill three quarters of all registers there are, and a stage's products are waited for after
+Two matrix warp groups share a task. What bounds it is the chain of each: some 280 clocks a stage, 22 for every branch,
+taken or not, and what its own products take, because an instruction whose left operand lies in registers holds its
+warps back until it runs. (From shared memory, which delivers 128 bytes a clock, it would take half as long again with
+32 outputs.) So weight tiles of ``FEW_BRANCHES`` weights and more, of which a stage could hold 12 at most, are
+multiplied by 64 tokens in each warp group (HALVES = 1: a branch for every tile, the tokens are read once), smaller ones
+by all 128, each warp group taking half of the strips (HALVES = 2: half as many branches, the tokens are read twice).
+With 384 outputs the sums fill three quarters of all registers there are, and the latter's products are waited for after
 every 32 inputs, because the tokens of the next 32 only then find room.
 
-The tokens' tile is loaded into registers once a stage: shared memory delivers 128 bytes a clock, and 32 outputs with
-both operands there would take half as long again as the product. Weight tiles lie one behind the other in a stage, in
-the order of the mask's bits, those of the second warp group behind the first's; a stage has fewer places than there
-could be tiles, and the ring more stages for it, which hides more of what fetching takes.
+Weight tiles lie one behind the other in a stage, in the order of the mask's bits, those of the second warp group's
+strips behind the first's; a stage has fewer places than there could be tiles, and the ring more stages for it, which
+hides more of what fetching takes.
 
 A weight tile is fetched as rows of 128 bytes, each of them 64 / TILE_K rows of the block side by side, because the copy
 engine takes as long for a shorter row. It stores the 16-byte pieces of row i in the order ``piece ^ i % 8``; read as
@@ -85,20 +89,27 @@ def _producer(
 
 
 @gluon.jit
-def _multiply(
+def _weight_tile(wbuf, place, N: gl.constexpr, TILE_K: gl.constexpr):
+    """The weight tile at ``place`` as wgmma's right operand, [TILE_K, N]."""
+    BITS: gl.constexpr = wbuf.dtype.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE_K * BITS // 8, BITS, rank=2)
+    return wbuf.index(place)._reinterpret(wbuf.dtype, [N, TILE_K], LAYOUT).permute((1, 0))
+
+
+@gluon.jit
+def _multiply_strips(
     sums, x, wbuf, place, mask, WG: gl.constexpr, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
 ):  # fmt: skip
-    """sums[2 s + m] + x_m W_s^T over the weight tiles that ``mask`` names; done on return.
+    """sums[2 s + m] + x_m W_s^T over the weight tiles of the warp group's strips that ``mask`` names; done on return.
 
     ``sums``: [64, N] per strip s of the warp group and half m of the tokens; ``place``: its first weight tile's.
     """
     BITS: gl.constexpr = x.dtype.primitive_bitwidth
+    STRIPS: gl.constexpr = TILE_O // N // 2
     STEP: gl.constexpr = min(TILE_K, 32)  # more inputs of the tokens do not fit into the registers
     EACH: gl.constexpr = TILE_O > 256  # the tokens of a second step would not fit into the registers
-    STRIPS: gl.constexpr = TILE_O // N
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
-    RIGHT: gl.constexpr = gl.NVMMASharedLayout(TILE_K * BITS // 8, BITS, rank=2)
     for k in gl.static_range(0, 64, STEP):
         left = x.slice(k, STEP, dim=1)
         upper, lower = left.slice(0, 64, dim=0).load(LEFT), left.slice(64, 64, dim=0).load(LEFT)
@@ -107,13 +118,12 @@ def _multiply(
         else:
             place = first
         results = ()
-        for s in gl.static_range(STRIPS // 2):
+        for s in gl.static_range(STRIPS):
             above = warpgroup_mma_init(sums[2 * s]) if EACH or k == 0 else sums[2 * s]
             below = warpgroup_mma_init(sums[2 * s + 1]) if EACH or k == 0 else sums[2 * s + 1]
-            bit = (WG * (64 // TILE_K) + k // TILE_K) * (STRIPS // 2) + s
+            bit = (WG * (64 // TILE_K) + k // TILE_K) * STRIPS + s
             if mask & (1 << bit) != 0:
-                right = wbuf.index(place)._reinterpret(x.dtype, [N, TILE_K], RIGHT)
-                right = right.slice(k % TILE_K, STEP, dim=1).permute((1, 0))
+                right = _weight_tile(wbuf, place, N, TILE_K).slice(k % TILE_K, STEP, dim=0)
                 above = warpgroup_mma(upper, right, above, is_async=True)
                 below = warpgroup_mma(lower, right, below, is_async=True)
                 place += 1
@@ -125,19 +135,46 @@ def _multiply(
 
 
 @gluon.jit
-def _output_tile(sums, c: gl.constexpr, m: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """Outputs 64 c to 64 c + 63 of half m of the tokens; at n stands output n ^ (n >> 3) % (64 / TILE_K) & 2.
+def _multiply_tokens(sums, x, wbuf, place, mask, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr):
+    """sums[s] + x W_s^T over the weight tiles that ``mask`` names, the first at ``place``; done on return.
+
+    ``sums``: [64, N] per strip s; ``x``: the warp group's 64 tokens.
+    """
+    STRIPS: gl.constexpr = TILE_O // N
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // x.dtype.primitive_bitwidth)
+    tiles = ()
+    for g in gl.static_range(64 // TILE_K):
+        tiles = tiles + (x.slice(g * TILE_K, TILE_K, dim=1).load(LEFT),)  # type: ignore[assignment]  # noqa: RUF005
+    for g in gl.static_range(64 // TILE_K):
+        results = ()
+        for s in gl.static_range(STRIPS):
+            acc = warpgroup_mma_init(sums[s]) if g == 0 else sums[s]
+            if mask & (1 << (g * STRIPS + s)) != 0:
+                acc = warpgroup_mma(tiles[g], _weight_tile(wbuf, place, N, TILE_K), acc, is_async=True)
+                place += 1
+            results = results + (acc,)  # type: ignore[assignment]  # noqa: RUF005
+        sums = results
+    return warpgroup_mma_wait(0, deps=sums)
+
+
+@gluon.jit
+def _output_tile(
+    sums, c: gl.constexpr, m: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Outputs 64 c to 64 c + 63 of the m-th 64 tokens; at n stands output n ^ (n >> 3) % (64 / TILE_K) & 2.
 
     Moves no data between threads.
     """
     if N == 32:
-        both = gl.permute(gl.join(sums[4 * c + m], sums[4 * c + 2 + m]), (0, 2, 1))
-        tile = gl.convert_layout(gl.reshape(both, (64, 64)), LAYOUT)
+        both = gl.join(sums[HALVES * 2 * c + m], sums[HALVES * (2 * c + 1) + m])
+        tile = gl.convert_layout(gl.reshape(gl.permute(both, (0, 2, 1)), (64, 64)), LAYOUT)
     elif N == 64:
-        tile = sums[2 * c + m]
+        tile = sums[HALVES * c + m]
     else:
-        halves = gl.split(gl.permute(gl.reshape(sums[m], (64, 2, 64)), (0, 2, 1)))
-        tile = gl.convert_layout(halves[c], LAYOUT)
+        halves = gl.split(gl.permute(gl.reshape(sums[HALVES * (c // 2) + m], (64, 2, 64)), (0, 2, 1)))
+        tile = gl.convert_layout(halves[c % 2], LAYOUT)
     if TILE_K < 64:  # where bit 3 of n is set, neighbours n and n ^ 1 have changed places
         same, swapped = gl.split(gl.permute(gl.reshape(tile, (64, 4, 2, 4, 2)), (0, 1, 3, 4, 2)))
         left, right = gl.split(swapped)
@@ -149,10 +186,13 @@ def _output_tile(sums, c: gl.constexpr, m: gl.constexpr, N: gl.constexpr, TILE_K
 @gluon.jit
 def _store(
     sums, y_desc, r_desc, bias, token, feature, n_out, ybuf, rbar, residual_phase,
-    c: gl.constexpr, WG: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
+    c: gl.constexpr, WG: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Finish and store 64 outputs of TILE_M tokens, the sums' c-th; returns the residual barrier's next parity."""
+    """Finish and store 64 outputs of HALVES x 64 tokens, the sums' c-th; returns the residual barrier's next parity.
+
+    A warp group has two output buffers: one for each half of its tokens, or to change between.
+    """
     TILE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     N_16: gl.constexpr = 18 if TILE_K == 16 else 16  # where bit 4 of n is set, bit 1 is flipped
     OUTPUT: gl.constexpr = gl.SharedLinearLayout(
@@ -160,16 +200,17 @@ def _store(
         alignment=1024,
     )
     DTYPE: gl.constexpr = ybuf.dtype
-    tma.store_wait(0)  # the tiles before have left the output buffer
+    place: gl.constexpr = 2 * WG + (0 if HALVES == 2 else c % 2)
+    tma.store_wait(0 if HALVES == 2 or c == 0 else 1)  # the tiles before have left these buffers
     if HAS_RESIDUAL:
-        mbarrier.expect(rbar.index(WG), TILE_M * 64 * DTYPE.primitive_bitwidth // 8)
-        for m in gl.static_range(2):
-            tma.async_copy_global_to_shared(r_desc, [token + 64 * m, feature], rbar.index(WG), ybuf.index(2 * WG + m))
+        mbarrier.expect(rbar.index(WG), HALVES * 64 * 64 * DTYPE.primitive_bitwidth // 8)
+        for m in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(r_desc, [token + 64 * m, feature], rbar.index(WG), ybuf.index(place + m))
         mbarrier.wait(rbar.index(WG), residual_phase)
         residual_phase ^= 1
-    for m in gl.static_range(2):
-        v = _output_tile(sums, c, m, N, TILE_K, TILE)
-        slot = ybuf.index(2 * WG + m)._reinterpret(DTYPE, [64, 64], OUTPUT)
+    for m in gl.static_range(HALVES):
+        v = _output_tile(sums, c, m, HALVES, N, TILE_K, TILE)
+        slot = ybuf.index(place + m)._reinterpret(DTYPE, [64, 64], OUTPUT)
         if HAS_BIAS:  # one load a thread: the addresses of all would not fit into the registers
             n = gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
             out = feature + (n ^ ((n >> 3) & (2 if TILE_K == 16 else 0)))
@@ -179,26 +220,28 @@ def _store(
             v += slot.load(TILE).to(gl.float32)
         slot.store(activate(v, ACTIVATION).to(DTYPE))
     fence_async_shared()
-    for m in gl.static_range(2):
-        tma.async_copy_shared_to_global(y_desc, [token + 64 * m, feature], ybuf.index(2 * WG + m))
+    for m in gl.static_range(HALVES):
+        tma.async_copy_shared_to_global(y_desc, [token + 64 * m, feature], ybuf.index(place + m))
     return residual_phase
 
 
 @gluon.jit
 def _consumer(
     y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf, full, empty, rbar,
-    WG: gl.constexpr, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, PLACES: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+    WG: gl.constexpr, HALVES: gl.constexpr, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr,
+    PLACES: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Half of the outputs of every task: multiply what every stage keeps, release the stage, store the sums."""
+    """Half of the outputs or tokens of every task: multiply what a stage keeps, release the stage, store the sums."""
     WIDTH: gl.constexpr = 3 + PLACES
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    BY_TOKENS: gl.constexpr = HALVES == 1
     it = 0
     residual_phase = 0
     for position in range(gl.load(program_ptr + gl.program_id(0)), gl.load(program_ptr + gl.program_id(0) + 1)):
         task = gl.load(tasks + position)
         group = groups + (task % n_groups) * GROUP_FIELDS
-        token = (task // n_groups) * TILE_M
+        token = (task // n_groups) * TILE_M + (64 * WG if BY_TOKENS else 0)
         entry = entries + gl.load(group) * WIDTH
         mask = gl.load(entry + 2)
         sums = ()
@@ -209,20 +252,25 @@ def _consumer(
             next_mask = gl.load(entry + 2)  # of the stage after this one: its latency passes behind the products
             st = it % STAGES
             mbarrier.wait(full.index(st), (it // STAGES) & 1)
-            place = st * PLACES + (mask >> MASK_BITS if WG == 1 else 0)
-            sums = _multiply(sums, xbuf.index(st), wbuf, place, mask, WG, TILE_O, N, TILE_K)
+            x = xbuf.index(st)
+            if BY_TOKENS:
+                x = x.slice(64 * WG, 64, dim=0)
+                sums = _multiply_tokens(sums, x, wbuf, st * PLACES, mask, TILE_O, N, TILE_K)
+            else:
+                place = st * PLACES + (mask >> MASK_BITS if WG == 1 else 0)
+                sums = _multiply_strips(sums, x, wbuf, place, mask, WG, TILE_O, N, TILE_K)
             mbarrier.arrive(empty.index(st))
             mask = next_mask
             it += 1
 
-        begin = gl.load(group + 2 + WG)
-        end = gl.load(group + 3 + WG)
-        for c in gl.static_range(TILE_O // 128):
+        begin = gl.load(group + 2 + (0 if BY_TOKENS else WG))
+        end = gl.load(group + 3 + (1 if BY_TOKENS else WG))
+        for c in gl.static_range(TILE_O // 64 // HALVES):
             feature = begin + 64 * c
             if feature < end:
                 residual_phase = _store(
                     sums, y_desc, r_desc, bias, token, feature, n_out, ybuf, rbar, residual_phase,
-                    c, WG, N, TILE_K, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                    c, WG, HALVES, N, TILE_K, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
                 )  # fmt: skip
     tma.store_wait(0)
 
@@ -230,8 +278,8 @@ def _consumer(
 @gluon.jit
 def narrow_block_sparse_linear_kernel(
     x_desc, w_desc, y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out,
-    TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, PLACES: gl.constexpr, STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+    HALVES: gl.constexpr, TILE_O: gl.constexpr, N: gl.constexpr, TILE_K: gl.constexpr, PLACES: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """Entry point; see the module's docstring."""
     DTYPE: gl.constexpr = x_desc.dtype
@@ -250,9 +298,11 @@ def narrow_block_sparse_linear_kernel(
     gl.warp_specialize(
         [
             (_consumer, (y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf,
-                         full, empty, rbar, 0, TILE_O, N, TILE_K, PLACES, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
+                         full, empty, rbar, 0, HALVES, TILE_O, N, TILE_K, PLACES, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                         ACTIVATION)),
             (_consumer, (y_desc, r_desc, bias, groups, entries, program_ptr, tasks, n_groups, n_out, xbuf, wbuf, ybuf,
-                         full, empty, rbar, 1, TILE_O, N, TILE_K, PLACES, STAGES, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)),
+                         full, empty, rbar, 1, HALVES, TILE_O, N, TILE_K, PLACES, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                         ACTIVATION)),
             (_producer, (x_desc, w_desc, groups, entries, program_ptr, tasks, n_groups, xbuf, wbuf, full, empty,
                          0, PLACES, STAGES)),
             (_producer, (x_desc, w_desc, groups, entries, program_ptr, tasks, n_groups, xbuf, wbuf, full, empty,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tetris.kernels.hopper.linear_schedule import BYTES_PER_CLOCK, STAGE_K
+from tetris.kernels.hopper.linear_schedule import STAGE_K
 from tetris.kernels.hopper.schedule import Schedule, make_schedule
 from tetris.layout import ceil_div
 
@@ -22,6 +22,10 @@ TILE_OUT = (256, 384)
 """Outputs of a group at most: what the registers of two warp groups hold, with room to spare or just."""
 OUT_STEP = 64
 """Outputs that are stored together."""
+FEW_BRANCHES = 2048
+"""Weights of a tile from which each warp group takes half of the tokens for all strips, a branch for every tile of a
+stage that there could be, 12 at most (H200, 27 % kept at random, 384 outputs, so and with half of the strips: 128 x 16
+177 and 206 us, 32 x 64 204 and 216, 64 x 32 182 and 189; but 32 x 32, with 24 branches, 245 and 212)."""
 MASK_BITS = 24
 """Of a stage's mask, one for each weight tile that there could be."""
 LINE = 64
@@ -33,18 +37,26 @@ RING_BYTES = SHARED_BYTES - BARRIER_BYTES - 4 * 64 * 64 * ITEM_SIZE
 """Beside the output tiles: two of 64 x 64 for each of two warp groups."""
 SHALLOW = {6: 0.9, 5: 0.895, 4: 0.94, 3: 1.05}
 """Stages of the ring, and what it costs to have no more (H200, 256 outputs, 32 x 32: 229, 228, 240, 279 us)."""
-BRANCH_CLOCKS = 9
-"""For every weight tile that a stage could hold. With the bytes below: which of 256 and 384 outputs is faster (H200,
-8192 x 4096 -> 4096, 27 % kept at random: 32 x 32 blocks 228 and 217 us, 128 x 16 blocks 196 and 206 us)."""
+STAGE_CLOCKS, BRANCH_CLOCKS, PRODUCT_CLOCKS = {1: 311, 2: 402}, 19.6, 1.8
+"""A warp group's chain: a stage, by the halves of the tokens; every tile that it could hold; every clock of products.
+Fitted to 16 layers on an H200 (8192 x 4096 -> 4096 at random, seven blocks and fractions, 256 and 384 outputs): 4 % off
+on average, 10 % at most. 384 outputs were faster in all but one (32 x 32, 10 % kept), by 2 to 8 %."""
 FIXED_CLOCKS = 2000
 """A task's prologue and epilogue."""
 MORE_GROUPS = 4
 """Than need be, at most, for even work."""
 
 
-def strip_outputs(block_out: int, tile_out: int = TILE_OUT[0]) -> int:
-    """Outputs of a strip: each of two warp groups takes half of a group's ``tile_out``."""
-    return next(n for n in (128, 64, 32) if block_out % n == 0 and tile_out // 2 % n == 0)
+def token_halves(block: tuple[int, int]) -> int:
+    """Halves of a task's tokens that each of two warp groups multiplies: 1, for all strips, or 2, for half of them."""
+    outputs = next(n for n in (128, 64, 32) if block[0] % n == 0)
+    return 1 if outputs * block[1] >= FEW_BRANCHES else 2
+
+
+def strip_outputs(block: tuple[int, int], tile_out: int = TILE_OUT[0]) -> int:
+    """Outputs of a strip: a block row's or an equal part of it; a warp group takes whole strips."""
+    share = tile_out // token_halves(block)
+    return next(n for n in (128, 64, 32) if block[0] % n == 0 and share % n == 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Ring:
 
 def rings(block: tuple[int, int], tile_out: int) -> list[Ring]:
     """The deepest ring first. Few places make it deep; a stage that keeps more tiles than that is cut in two."""
-    outputs = strip_outputs(block[0], tile_out)
+    outputs = strip_outputs(block, tile_out)
     tiles, tile_bytes = tile_out // outputs * (STAGE_K // block[1]), outputs * block[1] * ITEM_SIZE
     found: list[Ring] = []
     for stages in SHALLOW:
@@ -88,8 +100,8 @@ class NarrowSchedule:
             share, and one past its last.
         entries: [n_stages + 1, 3 + places]: per stage its first input feature; the number of kept weight tiles; their
             mask (bit = ``(warp group * input tiles of a stage + input tile) * strips of a warp group + strip``; from
-            bit 24 on the number of the first warp group's); the first row in ``values.view(-1, 64)`` of each, in the
-            order of the bits. The last is empty.
+            bit 24 on the number of the first warp group's; where warp groups share the strips, all are the first's);
+            the first row in ``values.view(-1, 64)`` of each, in the order of the bits. The last is empty.
         tasks: token tile * n_groups + group, dealt to the programs.
         clocks: estimate of when the busiest program ends.
     """
@@ -142,8 +154,10 @@ def _grouped(tiles: np.ndarray, shares: np.ndarray, block: tuple[int, int], ring
     kept = np.zeros((len(shares), int(stage.max()) + 1), np.int64)
     np.add.at(kept, (group, stage), 1)
     stages = -(-kept // ring.places).sum(1)
-    size = stages * TILE_TOKENS * STAGE_K * ITEM_SIZE + kept.sum(1) * ring.tile_bytes
-    clocks = (size / BYTES_PER_CLOCK + stages * ring.tiles * BRANCH_CLOCKS) * SHALLOW[ring.stages]
+    halves = token_halves(block)
+    products = kept.sum(1) * ring.tile_bytes / 64  # [64, N] by [N, TILE_K] takes N x TILE_K / 32 clocks
+    chain = stages * (STAGE_CLOCKS[halves] + ring.tiles / halves * BRANCH_CLOCKS) + products * PRODUCT_CLOCKS
+    clocks = chain * SHALLOW[ring.stages]
     return _Groups(shares, group, ring, stages, clocks)
 
 
@@ -172,7 +186,7 @@ def make_narrow_schedule(
     Returns:
         The schedule, on the device of ``indptr``.
     """
-    outputs, per_stage = strip_outputs(block[0], tile_out), STAGE_K // block[1]
+    outputs, per_stage = strip_outputs(block, tile_out), STAGE_K // block[1]
     tiles = _tiles(indptr.cpu().numpy(), indices.cpu().numpy().astype(np.int64), block, outputs)
     step = max(1, OUT_STEP // outputs)
     n_steps, token_tiles = ceil_div((len(indptr) - 1) * block[0], step * outputs), ceil_div(tokens, TILE_TOKENS)
@@ -190,10 +204,11 @@ def make_narrow_schedule(
     made = min(ways, key=lambda way: _end(way, dealt(way, swaps=False), token_tiles))
     tasks = dealt(made, swaps=True)
     begin, middle, _ = made.shares[made.group].T
-    second = tiles[:, 0] >= middle
+    shares = token_halves(block)
+    second = (tiles[:, 0] >= middle) & (shares == 2)
     place = tiles[:, 0] - np.where(second, middle, begin)
     stage = tiles[:, 1] // per_stage
-    bit = (second * per_stage + tiles[:, 1] % per_stage) * (made.ring.tiles // 2 // per_stage) + place
+    bit = (second * per_stage + tiles[:, 1] % per_stage) * (made.ring.tiles // shares // per_stage) + place
     order = np.lexsort((bit, stage, made.group))
     heads = np.stack([made.group, stage, _rank(made.group[order], stage[order])[order.argsort()] // made.ring.places])
     _, starts, counts = np.unique(heads[:, order], axis=1, return_index=True, return_counts=True)

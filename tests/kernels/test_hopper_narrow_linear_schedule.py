@@ -14,6 +14,7 @@ from tetris.kernels.hopper.narrow_linear_schedule import (
     ring_stages,
     rings,
     strip_outputs,
+    token_halves,
 )
 from tetris.layout import BlockLayout, ceil_div
 from tetris.packing import pack
@@ -42,8 +43,8 @@ def replay(
     schedule: NarrowSchedule, layout: BlockLayout, tile_out: int, values: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     """Runs the schedule as the device code does; checks that every output is stored once."""
-    n, tile_k = strip_outputs(layout.block[0], tile_out), layout.block[1]
-    lines, strips, per_stage = values.reshape(-1, 64), tile_out // n // 2, STAGE_K // tile_k
+    n, tile_k, shares = strip_outputs(layout.block, tile_out), layout.block[1], token_halves(layout.block)
+    lines, strips, per_stage = values.reshape(-1, 64), tile_out // n // shares, STAGE_K // tile_k
     padded = torch.nn.functional.pad(x, (0, STAGE_K + tile_k, 0, TILE_TOKENS))
     y = torch.full((len(padded), layout.shape[0] + 2 * tile_out), torch.nan, dtype=x.dtype)
     for task in schedule.tasks.order.tolist():
@@ -53,16 +54,17 @@ def replay(
         sums = torch.zeros(TILE_TOKENS, tile_out, dtype=x.dtype)
         for k, count, mask, *tiles in schedule.entries[first : first + n_stages].tolist():
             bits = [bit for bit in range(24) if mask >> bit & 1]
-            assert len(bits) == count <= len(tiles) and bits[-1] < 2 * strips * per_stage
+            assert len(bits) == count <= len(tiles) and bits[-1] < shares * strips * per_stage
             assert mask >> 24 == sum(bit < strips * per_stage for bit in bits), "where the second warp group begins"
             for bit, row in zip(bits, tiles):
                 share, g, strip = bit // strips // per_stage, bit // strips % per_stage, bit % strips
                 inputs = padded[token : token + TILE_TOKENS, k + g * tile_k : k + (g + 1) * tile_k]
                 weight = lines[row : row + n * tile_k // 64].reshape(n, tile_k)
-                column = share * tile_out // 2 + strip * n
+                column = share * (tile_out // 2) + strip * n
                 sums[:, column : column + n] += inputs @ weight.T
-        for outputs, share in ((range(begin, middle), 0), (range(middle, end), tile_out // 2)):
-            assert len(outputs) <= tile_out // 2 and outputs.start % 64 == outputs.stop % 64 == 0
+        halves = ((range(begin, middle), 0), (range(middle, end), tile_out // 2))
+        for outputs, share in halves if shares == 2 else ((range(begin, end), 0),):
+            assert len(outputs) <= tile_out // shares and outputs.start % 64 == outputs.stop % 64 == 0
             target = y[token : token + TILE_TOKENS, outputs.start : outputs.stop]
             assert target.isnan().all(), "stored twice"
             target.copy_(sums[:, share : share + len(outputs)])
