@@ -175,7 +175,7 @@ def narrow_choice(
     """The narrow-block kernel's config and schedule where it beats the Hopper kernel's on this layout, else None.
 
     It does where the latter's pairs of strips pad (32 outputs) or fetch as many input tiles as they keep weight tiles:
-    small blocks, scattered (H200, random layouts: 32 x 32 at 27 % 217 against 297 us, at 50 % 318 against 362).
+    small blocks, scattered (H200, random layouts: 32 x 32 at 27 % 212 against 261 us, at 50 % 277 against 369).
     """
     kept = problem.n_blocks * problem.block[0] * problem.block[1] / (STRIP * STAGE_K)
     if wide.fetched_stages <= HARDLY_SHARED * kept or narrow_supports(problem, device, NARROW[0]) is not None:

@@ -40,7 +40,7 @@ SHALLOW = {6: 0.9, 5: 0.895, 4: 0.94, 3: 1.05}
 STAGE_CLOCKS, BRANCH_CLOCKS, PRODUCT_CLOCKS = {1: 311, 2: 402}, 19.6, 1.8
 """A warp group's chain: a stage, by the halves of the tokens; every tile that it could hold; every clock of products.
 Fitted to 16 layers on an H200 (8192 x 4096 -> 4096 at random, seven blocks and fractions, 256 and 384 outputs): 4 % off
-on average, 10 % at most. 384 outputs were faster in all but one (32 x 32, 10 % kept), by 2 to 8 %."""
+on average, 10 % at most. 384 outputs were faster in all but one (32 x 32, 10 % kept), by 3 to 7 %."""
 FIXED_CLOCKS = 2000
 """A task's prologue and epilogue."""
 MORE_GROUPS = 4
