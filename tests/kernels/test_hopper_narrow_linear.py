@@ -43,7 +43,7 @@ def test_compiles_to_parallel_wgmma_without_spills():
     assert {case: f["spill_bytes"] for case, f in facts.items() if f["spill_bytes"]} == {}
     assert {case: f["shared_bytes"] for case, f in facts.items() if f["shared_bytes"] > 232448} == {}
     assert [case for case, f in facts.items() if f["serialized"]] == []
-    assert all(f["wgmma"] >= 16 for f in facts.values()), "two warp groups, two strips or halves of the tokens, four steps"
+    assert all(f["wgmma"] >= 16 for f in facts.values()), "two warp groups, two strips or halves, four steps"
 
 
 FEATURES = [(512, 256), (200, 136), (328, 1032), (1088, 512)]
