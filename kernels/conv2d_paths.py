@@ -37,6 +37,8 @@ def conv2d_refuses(
 def pointwise_config(problem: Conv2dProblem, device: DeviceInfo) -> Conv2dConfig | None:
     """The linear kernel for a 1x1 convolution that it suits: many pixels, and two strips of outputs at least.
 
+    The pixels of a task are those for an unknown layout; a layer chooses by its own (:func:`config_for_layout`).
+
     Tasks of 256 pixels where there are nearly three for two multiprocessors and a task is long, else of 128: the
     schedule cuts what would be left over. H200, batch 128, a quarter kept in 64x32 blocks, random / reordered, us with
     128, with 256, on the convolution kernel: 1024 -> 256 at 14 x 14 25.1, 24.3, 25.7 / 20.2, 17.5, 22.4; 128 -> 512 at
