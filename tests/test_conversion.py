@@ -177,10 +177,13 @@ def test_other_batches_and_dtypes_run_through_the_same_model():
 def test_verify_finds_a_corrupted_layer():
     pruned, x = pruned_model("lenet")
     fast = tetris.convert(pruned, example_inputs=x)
-    fast.get_submodule("fc1").values.data[0] += 0.1
+    values = fast.get_submodule("fc1").values
+    with torch.no_grad():
+        values[0] += 0.1
     report = tetris.verify(pruned, fast, example_inputs=x)
     assert not report and [c.name for c in report.layers if not c.passed] == ["fc1"] and "FAILED" in str(report)
-    fast.get_submodule("fc1").values.data[0] = float("nan")
+    with torch.no_grad():
+        values[0] = float("nan")
     assert not tetris.verify(pruned, fast, example_inputs=x).outputs[0].passed
 
 

@@ -31,7 +31,7 @@ from tetris.quantization import stored_dtype
 from tetris.reordering import Reordering, reorder
 from tetris.specs import match, prunable_layers, unprunable_layers
 from tetris.stem import StemConv2d
-from tetris.tracing import ExampleInputs
+from tetris.tracing import ExampleInputs, as_arguments
 
 
 @dataclass
@@ -105,7 +105,8 @@ def convert(
 
     Args:
         model: from :func:`tetris.prune`, possibly fine-tuned; not changed.
-        example_inputs: to trace the model with, on its device. Without them (or when tracing fails, with a warning)
+        example_inputs: to trace the model with, on its device, and to call the result with once, so that it can be
+            compiled or exported for inputs of that shape. Without them (or when tracing fails, with a warning)
             every layer permutes its own inputs and outputs and nothing is fused.
         dense: glob patterns of pruned layers to run dense, for example where measuring says that dense is faster.
         plan: kernel configs by layer, from :func:`tetris.plan`; layers it calls dense run dense, layers that it gives a
@@ -152,7 +153,12 @@ def convert(
         )
     for name in masked.keys() - sparse.keys():
         converter.layers[name].reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
-    return converted.eval()
+    converted.eval()
+    if example_inputs is not None:
+        args, kwargs = as_arguments(example_inputs)
+        with torch.no_grad():
+            converted(*args, **kwargs)  # packs weights and makes schedules, which compilers and exporters only read
+    return converted
 
 
 def to_channels_last(model: nn.Module) -> None:
