@@ -27,7 +27,7 @@ from tetris.kernels.hopper.heuristics import complete_tile
 from tetris.kernels.hopper.pieces import FEW_TILES
 from tetris.kernels.hopper.pointwise_conv2d import block_sparse_conv2d as pointwise_conv2d
 from tetris.kernels.hopper.pointwise_conv2d import pointwise_schedule
-from tetris.kernels.hopper.tile_choice import ranked_configs
+from tetris.kernels.hopper.tile_choice import memory_decides, ranked_configs
 from tetris.layout import BlockLayout
 from tetris.packing import pack
 from tetris.tolerances import relative_error, tolerance
@@ -196,7 +196,7 @@ def add_compile_argument(parser: argparse.ArgumentParser) -> None:
 
 def kernel_key(case: Case, config: Conv2dConfig) -> tuple[object, ...]:
     """What the compiler sees of a launch of the convolution kernel: not the sizes; of the layout, whether there are
-    rows without blocks or cut into pieces."""
+    rows without blocks or cut into pieces; whether programs take their tiles."""
     if config.kernel != "hopper":
         return case, config
     problem, layout = case_problem(case, 1), case_layout(case)
@@ -205,7 +205,8 @@ def kernel_key(case: Case, config: Conv2dConfig) -> tuple[object, ...]:
     cuts = False
     if math.prod(tile.tiles(problem.batch, *problem.output_size)) * problem.block_rows <= FEW_TILES * 132:
         cuts = len(conv2d_schedule(layout.indptr, layout.indices, problem, config, 132, "cpu").counters) > 0
-    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0, empty, cuts
+    takes = memory_decides(case_problem(case, layout.n_blocks), tile, 132)
+    return tile, case.dtype, case.fused, case.pool, config.fetch, config.output_group > 0, empty, cuts, takes
 
 
 def compile_all(cases: Sequence[Case], most: int, more: Sequence[tuple[Case, Conv2dConfig]] = ()) -> None:

@@ -19,8 +19,8 @@ from tetris.kernels.hopper.geometry import WEIGHT_ROW_BYTES, WGMMA_ROWS, ConvTil
 from tetris.kernels.hopper.heuristics import complete_tile, supports
 from tetris.kernels.hopper.pairing import pair_block_rows
 from tetris.kernels.hopper.pieces import FEW_TILES, SMALL_TILE_COST, STEP_CYCLES_64, piece_cost, row_pieces
-from tetris.kernels.hopper.schedule import EMPTY_TILE_COST, TILE_COST, Schedule, make_schedule, round_robin
-from tetris.kernels.hopper.tile_choice import step_cycles
+from tetris.kernels.hopper.schedule import EMPTY_TILE_COST, TILE_COST, Schedule, make_schedule, one_list, round_robin
+from tetris.kernels.hopper.tile_choice import memory_decides, step_cycles
 from tetris.kernels.hopper.weights import arranged_weights
 from tetris.kernels.recording import launch
 from tetris.layout import ceil_div
@@ -46,6 +46,7 @@ def conv2d_schedule(
     *,
     fills: bool | None = None,
     cuts: bool = True,
+    takes: bool | None = None,
 ) -> Schedule:
     """The schedule of a convolution; depends on its layout, output size and config only, so compute it once.
 
@@ -59,6 +60,8 @@ def conv2d_schedule(
         fills: whether strips of channels without blocks, or with nothing but one block of zeros, are stored beside the
             products of the others; None = where that pays.
         cuts: whether rows that keep many blocks are cut into pieces for several programs where tiles are few.
+        takes: whether programs take tiles from one list when they need them, where nothing is filled or cut; None =
+            where memory decides.
     """
     tile = complete_tile(problem, config)
     pairs = pair_block_rows(indptr, indices) if tile.parts > 1 else None
@@ -66,13 +69,14 @@ def conv2d_schedule(
     unit = tile.k_steps * step_cycles(tile) / STEP_CYCLES_64
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
     spatial = n * h * w
+    extent = (tile.tile_h, tile.tile_w, tile.tile_n)
     few = len(blocks) * tile.halves * spatial <= FEW_TILES * sm_count
     empty = 0.0 if few else EMPTY_TILE_COST - TILE_COST
     costs = [count * unit or empty for count in blocks for _ in range(tile.halves)]
     weights = None if values is None or tile.k_steps == 1 else arranged_weights(values, tile.tile_k)
     lists = (indptr, indices) if pairs is None else (pairs.indptr, pairs.indices)
     if config.schedule != "balanced":
-        made = round_robin(len(costs), spatial, sm_count).with_work(*lists, tile.halves)
+        made = round_robin(len(costs), spatial, sm_count).with_work(*lists, tile.halves, None, (h, w), extent)
         return replace(made, pairs=pairs, weights=weights).to(device)
     idle, channels = idle_rows(idle_block_rows(indptr, values), tile.halves, pairs)
     if fills is None:
@@ -85,9 +89,14 @@ def conv2d_schedule(
     piece_costs = [piece_cost(costs[row], parts[row], tile) for row in pieces]
     unused = [i for i, row in enumerate(pieces) if row in idle]
     fixed = SMALL_TILE_COST if few else TILE_COST
+    if takes is None:
+        takes = not few and memory_decides(problem, tile, sm_count)
+    if takes and not unused and len(pieces) == len(costs):
+        made = one_list(piece_costs, spatial, sm_count).with_work(*lists, tile.halves, None, (h, w), extent)
+        return replace(made, pairs=pairs, weights=weights).to(device)
     made = make_schedule(piece_costs, spatial, sm_count, idle=unused, tile_cost=fixed)
     fill = fill_tensor(channels, problem.batch * math.prod(problem.output_size), sum(entries) * tile.k_steps * spatial)
-    made = replace(made.with_work(*lists, tile.halves, parts), fill=fill)
+    made = replace(made.with_work(*lists, tile.halves, parts, (h, w), extent), fill=fill)
     return replace(made, pairs=pairs, weights=weights).to(device)
 
 
@@ -156,7 +165,7 @@ def block_sparse_conv2d(
     if schedule is None:
         sm_count = device_info(x.device).sm_count
         schedule = conv2d_schedule(indptr, indices, problem, config, sm_count, x.device)
-    tiles, cut_tiles = rows * n * h * w, len(schedule.counters)
+    tiles, cut_tiles = rows * n * h * w, 0 if schedule.takes else len(schedule.counters)
     if len(schedule.order) < tiles + cut_tiles or (len(schedule.order) > tiles and not cut_tiles):
         raise ShapeError(
             f"hopper convolution: wanted a schedule of {rows * n * h * w} tiles ({rows} rows x {n} x {h} x {w}); "
@@ -209,13 +218,12 @@ def launch_arguments(
     ``overlap`` (programs start while the kernel before ends, and wait for it) are there for ablations.
     """
     scale = 2 if max_pool else 1
-    _, h, w = tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale)
     rows = ceil_div(ceil_div(y.shape[1], tile.block_out), tile.parts) * tile.halves
     weights = arranged_weights(values, tile.tile_k) if schedule.weights is None else schedule.weights
     pairs = schedule.pairs
     lists = [indices, None, None] if pairs is None else [pairs.indices, pairs.blocks, pairs.rows]
     permutes = permutation is not None
-    fills, cut_tiles = residual is None and len(schedule.fill) > 0, len(schedule.counters)
+    fills, cut_tiles = residual is None and len(schedule.fill) > 0, 0 if schedule.takes else len(schedule.counters)
     workspace = None
     if cut_tiles:
         places = len(schedule.order) - rows * math.prod(tile.tiles(y.shape[0], y.shape[2] * scale, y.shape[3] * scale))
@@ -224,7 +232,7 @@ def launch_arguments(
     loads = [x.permute(0, 2, 3, 1) if sectors else None]
     stores = [y.permute(0, 2, 3, 1) if permutes or fills else None, permutation]
     walk = [schedule.program_ptr, schedule.ends if fills else schedule.program_ptr[1:], schedule.work]
-    pieces = [schedule.counters if cut_tiles else None, workspace]
+    pieces = [schedule.counters if cut_tiles or schedule.takes else None, workspace]
     tensors = [*loads, *stores, bias, *lists, *walk, schedule.fill if fills else None, *pieces]
     flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     options = {
@@ -235,11 +243,12 @@ def launch_arguments(
         "SECTORS": sectors,
         "FILLS": fills,
         "CUTS": cut_tiles > 0,
+        "TAKES": schedule.takes,
         "T": tile,
         "num_warps": 4,
         "launch_pdl": overlap,
     }
-    sizes = [rows, h, w, y.shape[1], max(0, len(schedule.fill) - 1)]
+    sizes = [y.shape[1], max(0, len(schedule.fill) - 1)]
     return [*descriptors(x, weights, y, residual, tile, max_pool), *tensors, *sizes], flags | options
 
 

@@ -23,8 +23,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tetris.kernels.hopper.fill_device import filler
 from tetris.kernels.hopper.finish_device import finish_tile
-from tetris.kernels.hopper.load_device import RECORD, producer, tile_origin, work_at
+from tetris.kernels.hopper.load_device import RECORD, entries_at, origin_at, producer, row_at
 from tetris.kernels.hopper.pieces_device import added_sums, leave_sums
+from tetris.kernels.hopper.take_device import RING, hear
 
 
 @gluon.jit
@@ -116,10 +117,11 @@ def multiply_step(
 
 @gluon.jit
 def consumer(
-    y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, rows, tiles_y, tiles_x, c_out,
-    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn, counters, workspace,
-    WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    PERMUTES: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, CUTS: gl.constexpr, T: gl.constexpr,
+    y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, c_out,
+    x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn, notices, told, heard, counters,
+    workspace, WARPGROUP: gl.constexpr, ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    PERMUTES: gl.constexpr, POOL: gl.constexpr, TURNS: gl.constexpr, CUTS: gl.constexpr, TAKES: gl.constexpr,
+    T: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: accumulates its rows of every tile and finishes them, or with CUTS leaves its piece."""
     N: gl.constexpr = T.accumulator_pixels
@@ -134,14 +136,13 @@ def consumer(
     wi = 0
     yi = 0
     ri = 0
+    number = 0
     program = gl.program_id(0)
-    position = gl.load(program_ptr + program)
+    position = program if TAKES else gl.load(program_ptr + program)
     last = gl.load(end_ptr + program) - 1
-    tile, begin, end, _column = work_at(work, position)
     while position <= last:
-        row, y0, x0, n0 = tile_origin(tile, rows, tiles_y, tiles_x, T)
-        position += 1
-        tile, next_begin, next_end, _column = work_at(work, gl.minimum(position, last))
+        begin, end, _column = entries_at(work, position)  # the producer has just read them: they are in L1
+        row = row_at(work, position)
         shift = 0.0
         if HAS_BIAS:
             lanes = gl.arange(0, 64, gl.SliceLayout(1, ACC))
@@ -157,13 +158,12 @@ def consumer(
                 accs, x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, turn, xi, wi, WARPGROUP, R, TURNS, T
             )
             xi += 1
-        begin = next_begin
-        end = next_end
+        y0, x0, n0 = origin_at(work, position)
         if CUTS:
-            pieces = gl.load(work + (position - 1) * RECORD + 4)
+            pieces = gl.load(work + position * RECORD + 4)
             is_last = True
             if pieces > 1:
-                place = work + (position - 1) * RECORD
+                place = work + position * RECORD
                 is_last = leave_sums(accs, workspace, counters, place, pieces, WARPGROUP, R, MOST_R, N)
                 if is_last:
                     accs = added_sums(workspace, place, pieces, WARPGROUP, R, MOST_R, N, ACC)
@@ -177,6 +177,12 @@ def consumer(
                 accs, shift, row, y0, x0, n0, yi, ri, y_desc, r_desc, y_ptr, permutation, row_of_part, c_out, y_buffer,
                 r_full, WARPGROUP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, R, T,
             )  # fmt: skip
+        if TAKES:
+            mbarrier.arrive(heard.index(number % RING))
+            number += 1
+            position = hear(notices, told, number)
+        else:
+            position += 1
     tma.store_wait(0)
 
 
@@ -192,14 +198,13 @@ def without_promotion(desc, first):
     )
 
 
-@gluon.jit(do_not_specialize=["rows", "tiles_y", "tiles_x", "c_out", "strips"])
+@gluon.jit(do_not_specialize=["c_out", "strips"])
 def conv2d_kernel(
     x_desc, halo_desc, odd_desc, odd_halo_desc, w_desc, y_desc, r_desc, x_ptr, y_ptr, permutation, bias,
-    indices, blocks, row_of_part, program_ptr, end_ptr, work, fill, counters, workspace, rows, tiles_y,
-    tiles_x, c_out, strips,
+    indices, blocks, row_of_part, program_ptr, end_ptr, work, fill, counters, workspace, c_out, strips,
     ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PERMUTES: gl.constexpr,
     POOL: gl.constexpr, TURNS: gl.constexpr, PRODUCER_WARPS: gl.constexpr, SECTORS: gl.constexpr,
-    FILLS: gl.constexpr, CUTS: gl.constexpr, T: gl.constexpr,
+    FILLS: gl.constexpr, CUTS: gl.constexpr, TAKES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """Allocate the rings and start the three roles. Grid: one program per entry of ``program_ptr``; num_warps=4.
 
@@ -209,7 +214,8 @@ def conv2d_kernel(
     [rows, TILE_W, TILE_N, 64 or BLOCK_OUT]. ``y_ptr``, ``permutation``: for :func:`store_groups`, where it PERMUTES.
     ``blocks``, ``row_of_part``: see ``pairing.PairedRows``. ``program_ptr``, ``end_ptr``, ``work``, ``fill`` (if it
     FILLS, of ``strips`` strips), ``counters`` (if it CUTS; ``workspace`` takes the sums of all pieces): see
-    ``schedule.Schedule``. What a launch does not need is None.
+    ``schedule.Schedule``; where programs take tiles (TAKES), ``counters`` counts those. What a launch does not need is
+    None.
     """
     gdc_wait()  # with OVERLAP in the launcher: the kernel before may still be running until here
     gdc_launch_dependents()
@@ -231,6 +237,12 @@ def conv2d_kernel(
     w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
     r_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    notices = gl.allocate_shared_memory(gl.int32, [RING, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
+        mbarrier.init(told.index(i), count=1)
+        mbarrier.init(heard.index(i), count=2)
     for band in gl.static_range(BANDS):
         for i in gl.static_range(X_STAGES):
             mbarrier.init(x_full.index(i * BANDS + band), count=1)
@@ -248,17 +260,17 @@ def conv2d_kernel(
             halo_desc = without_promotion(halo_desc, x_ptr)
     gl.warp_specialize(
         [
-            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, rows,
-                        tiles_y, tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
-                        turn, counters, workspace, 0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, CUTS,
-                        T)),
-            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, rows,
-                        tiles_y, tiles_x, c_out, x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full,
-                        turn, counters, workspace, 1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, CUTS,
-                        T)),
+            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, c_out,
+                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn, notices, told,
+                        heard, counters, workspace, 0, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, CUTS,
+                        TAKES, T)),
+            (consumer, (y_desc, r_desc, y_ptr, permutation, bias, row_of_part, program_ptr, end_ptr, work, c_out,
+                        x_buffer, w_buffer, y_buffer, x_full, x_empty, w_full, w_empty, r_full, turn, notices, told,
+                        heard, counters, workspace, 1, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, PERMUTES, POOL, TURNS, CUTS,
+                        TAKES, T)),
             (producer, ((x_desc, halo_desc, odd_desc, odd_halo_desc), w_desc,
-                        indices, blocks, program_ptr, end_ptr, work, rows, tiles_y, tiles_x,
-                        x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T)),
+                        indices, blocks, program_ptr, end_ptr, work, x_buffer, w_buffer, x_full, x_empty,
+                        w_full, w_empty, counters, notices, told, heard, PRODUCER_WARPS, TAKES, T)),
             (filler, (fill, strips, program_ptr, end_ptr, work, x_full, x_empty, bias, permutation, y_ptr, y_desc,
                       c_out, ACTIVATION, HAS_BIAS, PERMUTES, FILLS, T)),
         ],

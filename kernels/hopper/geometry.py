@@ -30,14 +30,16 @@ ACCUMULATOR_COLUMNS = 256
 """Most pixels a consumer warpgroup accumulates: 64 x 256 fp32 are 128 registers a thread; 320 spill."""
 BARRIER_BYTES = 1024
 """Room left for the mbarriers and for what warp specialization itself keeps in shared memory."""
-WORK_FIELDS = 8
+NOTICES = 4
+"""Tiles that the producer may be ahead of the consumers where it takes them from a list for all programs."""
+WORK_FIELDS = 12
 """Numbers that the kernel reads of a tile, see ``schedule.Schedule.records``."""
 FILL_PIXELS = 32
 """Pixels stored at a time of strips of channels without blocks."""
 WEIGHT_ROW_BYTES = 128
 """Weights travel in rows of so many bytes, the longest that a swizzle reaches: a row costs the copy engine the same
 2 clocks whether it has 32 bytes or 128."""
-REVISION = 5
+REVISION = 6
 """Raise it whenever a property below changes its meaning: compiled kernels are cached by a tile's fields alone."""
 
 

@@ -12,27 +12,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from tetris.kernels.hopper.geometry import WORK_FIELDS
+from tetris.kernels.hopper.take_device import answer, ask, tell
 
 RECORD: gl.constexpr = gl.constexpr(WORK_FIELDS)
 
 
 @gluon.jit
-def tile_origin(tile, rows, tiles_y, tiles_x, T: gl.constexpr):
-    """(row of 64 output channels, y, x, image) where a tile of the schedule begins."""
-    spatial = tile // rows
-    row = tile % rows
-    x0 = (spatial % tiles_x) * T.tile_w
-    spatial = spatial // tiles_x
-    y0 = (spatial % tiles_y) * T.tile_h
-    n0 = (spatial // tiles_y) * T.tile_n
-    return row, y0, x0, n0
+def entries_at(work, position):
+    """(first entry, one past its last, input block of the first) of a position in the schedule's list."""
+    record = work + position * RECORD
+    return gl.load(record + 1), gl.load(record + 2), gl.load(record + 3)
 
 
 @gluon.jit
-def work_at(work, position):
-    """(tile, first entry, one past its last, input block of the first) of a position in the schedule's list."""
+def origin_at(work, position):
+    """(y, x, image) where the tile of a position in the schedule's list begins."""
     record = work + position * RECORD
-    return gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3)
+    return gl.load(record + 9), gl.load(record + 10), gl.load(record + 11)
+
+
+@gluon.jit
+def row_at(work, position):
+    """The row of 64 output channels of a position in the schedule's list."""
+    return gl.load(work + position * RECORD + 8)
 
 
 @gluon.jit
@@ -74,27 +76,39 @@ def load_input_row(x_descs, x_buffer, barrier, stage, row: gl.constexpr, y0, x0,
 
 @gluon.jit
 def producer(
-    x_descs, w_desc, indices, blocks, program_ptr, end_ptr, work, rows, tiles_y, tiles_x,
-    x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, T: gl.constexpr,
+    x_descs, w_desc, indices, blocks, program_ptr, end_ptr, work,
+    x_buffer, w_buffer, x_full, x_empty, w_full, w_empty, counter, notices, told, heard,
+    WARPS: gl.constexpr, TAKES: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: input tiles and weights of every tile of this program, as far ahead as the rings allow.
 
     What the next tile and the next block need to know is loaded one of them ahead: nothing waits for global memory.
+    Where programs take their tiles (TAKES), it asks for them and tells the consumers.
     """
     W_GROUPS: gl.constexpr = T.taps // T.w_taps
     W_TAPS: gl.constexpr = T.w_taps
     PARTS: gl.constexpr = T.parts
     xi = 0
     wi = 0
+    number = 0
     program = gl.program_id(0)
-    position = gl.load(program_ptr + program)
+    position = program if TAKES else gl.load(program_ptr + program)
     last = gl.load(end_ptr + program) - 1
-    tile, begin, end, column = work_at(work, position)
+    begin, end, column = entries_at(work, position)
+    y0, x0, n0 = origin_at(work, position)
+    row = row_at(work, position)
     while position <= last:
-        row, y0, x0, n0 = tile_origin(tile, rows, tiles_y, tiles_x, T)
         half = row % T.halves
-        position += 1
-        tile, next_begin, next_end, first_column = work_at(work, gl.minimum(position, last))
+        if TAKES:
+            tell(notices, told, heard, number, position, WARPS)
+            number += 1
+            asked = ask(counter, WARPS)
+        else:
+            position += 1
+            following = gl.minimum(position, last)
+            next_begin, next_end, first_column = entries_at(work, following)
+            next_y, next_x, next_n = origin_at(work, following)
+            row = row_at(work, following)
         for entry in range(begin, end):
             next_column = gl.load(indices + gl.minimum(entry + 1, end - 1))
             for step in range(T.k_steps):
@@ -116,6 +130,18 @@ def producer(
                             tma.async_copy_global_to_shared(w_desc, place, w_full.index(w_stage), target)
                     wi += 1
             column = next_column
-        begin = next_begin
-        end = next_end
-        column = first_column
+        if TAKES:
+            position = answer(counter, asked, last, WARPS)
+            following = gl.minimum(position, last)
+            begin, end, column = entries_at(work, following)
+            y0, x0, n0 = origin_at(work, following)
+            row = row_at(work, following)
+        else:
+            begin = next_begin
+            end = next_end
+            column = first_column
+            y0 = next_y
+            x0 = next_x
+            n0 = next_n
+    if TAKES:
+        tell(notices, told, heard, number, position, WARPS)

@@ -55,7 +55,7 @@ def ranked_configs(
         if supports(problem, device, config, max_pool=max_pool, allow_tf32=allow_tf32) is None:
             tile = complete_tile(problem, config, max_pool=max_pool)
             estimate = estimated_cycles(problem, tile, device, max_pool=max_pool)
-            found.append(((estimate, busiest_cycles(problem, tile, device)), len(found), config))
+            found.append(((estimate, busiest_cycles(problem, tile, device.sm_count)), len(found), config))
     fetch = "sectors" if _wants_sectors(problem) else "lines"
     return [replace(config, fetch=fetch) for _, _, config in sorted(found)]
 
@@ -94,11 +94,15 @@ def _tiles(problem: Conv2dProblem) -> list[Conv2dConfig]:
 
 def estimated_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo, *, max_pool: bool = False) -> float:
     """Cycles of a launch; good for ranking tiles, not for predicting times."""
-    memory = _memory_bytes(problem, max_pool) / device.sm_count / MEMORY_BYTES_PER_CYCLE
-    return max(busiest_cycles(problem, tile, device), memory)
+    return max(busiest_cycles(problem, tile, device.sm_count), _memory_cycles(problem, device.sm_count, max_pool))
 
 
-def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -> float:
+def memory_decides(problem: Conv2dProblem, tile: ConvTile, sm_count: int) -> bool:
+    """Whether memory takes longer than the busiest multiprocessor."""
+    return _memory_cycles(problem, sm_count) > busiest_cycles(problem, tile, sm_count)
+
+
+def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, sm_count: int) -> float:
     """Cycles of the busiest multiprocessor, were memory no limit."""
     pixels = tile.tile_h * tile.row_pixels
     block_rows = ceil_div(problem.block_rows, tile.parts)
@@ -108,7 +112,7 @@ def busiest_cycles(problem: Conv2dProblem, tile: ConvTile, device: DeviceInfo) -
     steps = blocks * tile.k_steps
     cycles = steps * step_cycles(tile) + TILE_CYCLES + PIXEL_CYCLES * pixels
     n, h, w = tile.tiles(problem.batch, *problem.output_size)
-    rounds = n * h * w * block_rows * tile.halves / device.sm_count
+    rounds = n * h * w * block_rows * tile.halves / sm_count
     return max(LONGEST, rounds + UNEVEN) * cycles
 
 
@@ -131,9 +135,10 @@ def _fullness(columns: int) -> float:
     return {8: 0.25, 16: 0.5, 32: 0.75, 64: 0.96}.get(columns, 1.0)
 
 
-def _memory_bytes(problem: Conv2dProblem, max_pool: bool) -> float:
-    """Input and output once."""
+def _memory_cycles(problem: Conv2dProblem, sm_count: int, max_pool: bool = False) -> float:
+    """Input and output once, in cycles of all multiprocessors."""
     height, width = problem.output_size
     out = height * width * problem.c_out / (4 if max_pool else 1)
     taken = min(problem.height * problem.width, math.prod(problem.output_size) * problem.taps) * problem.c_in
-    return float(ITEM_SIZE[problem.dtype]) * problem.batch * (out + taken)
+    size = float(ITEM_SIZE[problem.dtype]) * problem.batch * (out + taken)
+    return size / sm_count / MEMORY_BYTES_PER_CYCLE

@@ -20,7 +20,8 @@ from tetris.kernels.hopper.schedule import Schedule
 
 @dataclass(frozen=True)
 class Variant:
-    """What one compilation fixes; ``extras`` as in :class:`ConvCase`; ``output_group`` > 0: outputs are permuted."""
+    """What one compilation fixes; ``extras`` as in :class:`ConvCase`; ``output_group`` > 0: outputs are permuted;
+    ``takes``: programs take their tiles from one list."""
 
     block: tuple[int, int] = (64, 32)
     tile: tuple[int, int, int] = (8, 4, 8)
@@ -36,12 +37,13 @@ class Variant:
     dtype: str = "float16"
     output_group: int = 0
     fetch: str = "lines"
+    takes: bool = False
 
     def __str__(self) -> str:
         n, h, w = self.tile
         parts = [f"{self.block[0]}x{self.block[1]}", f"{n}x{h}x{w}", self.input_order, self.dtype, self.activation]
         flags = ["pool"] * self.max_pool + [f"groups{self.output_group}"] * (self.output_group > 0)
-        flags += ["sectors"] * (self.fetch == "sectors")
+        flags += ["sectors"] * (self.fetch == "sectors") + ["takes"] * self.takes
         kernel = f"k{self.kernel_size}s{self.stride}p{self.padding}d{self.dilation}".replace(", ", "")
         return "-".join([*parts, kernel, *self.extras, *flags])
 
@@ -70,7 +72,8 @@ class Variant:
             n_blocks=len(operands["values"]), **geometry,
         )  # fmt: skip
         lists, fills = (operands["indptr"], operands["indices"]), "empty" in self.extras
-        return conv2d_schedule(*lists, problem, self.config, programs, operands["x"].device, fills=fills)
+        options = {"fills": fills, "cuts": not self.takes, "takes": self.takes}
+        return conv2d_schedule(*lists, problem, self.config, programs, operands["x"].device, **options)
 
     def problem(self, generator: random.Random) -> ConvCase:
         """A random small problem of this variant: odd sizes, ragged channels, batches beside the tile's."""
@@ -154,4 +157,7 @@ VARIANTS: tuple[Variant, ...] = (
         padding=(2, 2),
         tile_k=16,
     ),
+    replace(BASE, block=(64, 16), tile=(8, 4, 16), extras=("bias",), activation="relu", fetch="sectors", takes=True),
+    replace(BASE, block=(64, 32), tile=(16, 4, 8), extras=FUSED, activation="relu", takes=True),
+    replace(BASE, block=(32, 32), tile=(16, 4, 4), extras=("bias",), max_pool=True, takes=True),
 )

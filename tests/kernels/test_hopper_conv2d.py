@@ -12,7 +12,8 @@ from tests.support.moats import nan_outputs
 from tests.support.operands import ConvCase, conv2d_operands
 from tetris import reference
 from tetris.errors import ShapeError, UnsupportedError
-from tetris.kernels.hopper.conv2d import block_sparse_conv2d
+from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
+from tetris.kernels.hopper.conv2d import block_sparse_conv2d, conv2d_schedule
 from tetris.kernels.hopper.schedule import round_robin
 from tetris.layout import BlockLayout
 from tetris.tolerances import relative_error, tolerance
@@ -66,6 +67,28 @@ def test_results_repeat_bit_by_bit():
     )
     first = block_sparse_conv2d(**operands, config=BASE.config)
     assert all(torch.equal(first, block_sparse_conv2d(**operands, config=BASE.config)) for _ in range(20))
+
+
+def test_taken_tiles_are_all_computed_every_time():
+    """The program that asks last clears the counter; many more tiles than programs, uneven rows."""
+    kept = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 1]]) > 0
+    layout = BlockLayout.from_mask(kept, (256, 64), (64, 16))
+    problem = Conv2dProblem(
+        64, 64, 256, 40, 40, (3, 3), (1, 1), (1, 1), (1, 1), block=(64, 16), dtype="float16", n_blocks=7
+    )
+    config = Conv2dConfig(kernel="hopper", tile_n=8, tile_h=4, tile_w=16)
+    lists = (layout.indptr.cuda(), layout.indices.cuda())
+    taken, listed = (conv2d_schedule(*lists, problem, config, 132, "cuda", takes=takes) for takes in (True, False))
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(64, 64, 40, 40, device="cuda", generator=generator).half().to(memory_format=torch.channels_last)
+    values = torch.randn(7, 9, 64, 16, device="cuda", generator=generator).half() / 24
+    geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    arguments = {"c_out": 256, "config": config, **geometry}
+    expected = block_sparse_conv2d(x, values, *lists, **arguments, schedule=listed)
+    assert taken.takes and not listed.takes
+    for _ in range(20):
+        assert torch.equal(block_sparse_conv2d(x, values, *lists, **arguments, schedule=taken), expected)
+        assert not taken.counters.any()
 
 
 def test_a_block_row_without_blocks_gets_its_bias():

@@ -12,7 +12,7 @@ from tetris.kernels.configs import Conv2dConfig, Conv2dProblem
 from tetris.kernels.hopper.conv2d import conv2d_schedule
 from tetris.kernels.hopper.heuristics import complete_tile
 from tetris.kernels.hopper.pairing import pair_block_rows
-from tetris.kernels.hopper.schedule import Schedule, make_schedule, round_robin
+from tetris.kernels.hopper.schedule import Schedule, make_schedule, one_list, round_robin
 from tetris.kernels.hopper.weights import arranged_weights
 
 UNEVEN = [16.0, 9.0, 7.0, 4.0, 2.0, 2.0, 1.0, 1.0]
@@ -162,7 +162,7 @@ def uneven_schedule(sizes: list[int], batch: int = 1) -> tuple[Schedule, torch.T
 def test_pieces_of_a_row_cover_it_and_have_places_of_their_own(last_row):
     schedule, indptr = uneven_schedule([14, 3, 1, last_row])
     cut_tiles: dict[tuple[int, int], list[list[int]]] = {}
-    for tile, begin, end, first, pieces, counter, place, piece in schedule.work.tolist():
+    for tile, begin, end, first, pieces, counter, place, piece, *_ in schedule.work.tolist():
         assert first < 14 and (begin < end or not last_row)
         cut_tiles.setdefault((tile, pieces), []).append([begin, end, counter, place, piece])
     assert sorted(tile for tile, _ in cut_tiles) == list(range(16))
@@ -206,3 +206,33 @@ def test_large_layers_are_not_cut():
     )
     config = Conv2dConfig(kernel="hopper", tile_n=16, tile_h=4, tile_w=8)
     assert len(conv2d_schedule(indptr, indices, problem, config, 132, "cpu").counters) == 0
+
+
+def test_records_say_where_tiles_begin():
+    """Against dividing the tile's number: rows fastest, then columns, lines and images."""
+    schedule, _ = uneven_schedule([14, 3, 1, 1], batch=64)
+    for tile, *_, row, y, x, image in schedule.work.tolist():
+        spatial, expected = divmod(tile, 4)
+        assert (row, x, y, image) == (expected, spatial % 2 * 8, spatial // 2 % 2 * 8, spatial // 4)
+
+
+def test_what_memory_decides_is_taken_from_one_list():
+    def made(c_in: int, c_out: int, size: int, **options: bool) -> Schedule:
+        rows, columns = c_out // 64, c_in // 16
+        indptr, indices = torch.arange(rows + 1, dtype=torch.int32), torch.arange(rows, dtype=torch.int32) % columns
+        geometry = ((3, 3), (1, 1), (1, 1), (1, 1))
+        problem = Conv2dProblem(128, c_in, c_out, size, size, *geometry, block=(64, 16), dtype="float16", n_blocks=rows)
+        config = Conv2dConfig(kernel="hopper", tile_n=8, tile_h=4, tile_w=16, fetch="sectors")
+        return conv2d_schedule(indptr, indices, problem, config, 132, "cpu", **options)
+
+    schedule = made(64, 64, 224)
+    assert schedule.takes and schedule.counters.tolist() == [[0]] and schedule.programs == 132
+    assert schedule.order.tolist() == list(range(128 // 8 * 224 // 4 * 224 // 16))
+    assert schedule.ends.tolist() == [len(schedule.order)] * 132
+    assert Schedule.from_tensors(schedule.tensors).takes
+    assert not made(64, 64, 224, takes=False).takes and not made(64, 64, 28).takes
+
+
+def test_one_list_has_the_longest_tile_of_a_place_first():
+    schedule = one_list([1.0, 3.0, 2.0], 2, 132)
+    assert schedule.order.tolist() == [1, 2, 0, 4, 5, 3] and schedule.programs == 6
