@@ -79,8 +79,12 @@ class LayerBench:
         return {config.to_key(): self._runs[config] for config in configs if config in self._runs}
 
     def _prepare(self, config: Config, layer: SparseLayer) -> None:
-        """Run once, compare, and capture."""
-        y = layer._forward(self.images, None).float()
+        """Run once, compare, and capture. What is captured does not know this bench, so that graphs end with it.
+
+        In a cycle they would wait for the garbage collector, which may come while the next layer is being captured.
+        """
+        images = self.images
+        y = layer._forward(images, None).float()
         if self.reference is None:
             self.reference = y
         error = float((y - self.reference).norm() / self.reference.norm().clamp_min(1e-30))
@@ -89,7 +93,7 @@ class LayerBench:
             return
 
         def run() -> object:
-            return layer._forward(self.images, None)
+            return layer._forward(images, None)
 
         self._runs[config] = graphed(run, self._pool) if self.images.is_cuda else run
 

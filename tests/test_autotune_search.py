@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -315,6 +317,21 @@ def test_wrong_and_failing_configurations_are_noted_not_taken() -> None:
     assert "differs" in bench.failures[wrong] and "nan" in bench.failures[nothing]
     assert "shared memory" in bench.failures[broken]
     assert bench.final([good, broken])[good].repeats == 25
+
+
+def test_what_was_captured_ends_with_the_bench_and_does_not_wait_for_the_collector() -> None:
+    fast, x = converted()
+    bench = LayerBench(sparse_layers(fast)["0"], LayerInput((8, 64), x.dtype, x.device, False))
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(bench.race([LinearConfig(), LinearConfig(num_warps=8)])) == 2
+        runs = [weakref.ref(run) for run in bench._runs.values()]
+        assert len(runs) == 2 and all(run() for run in runs)
+        del bench
+        assert not any(run() for run in runs)
+    finally:
+        gc.enable()
 
 
 def test_tuning_prints_gain_and_failures() -> None:
