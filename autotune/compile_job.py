@@ -109,8 +109,7 @@ def run_once(job: Job, device: str, steps: Steps | None = None) -> torch.Tensor:
     with steps.timed("layer"):
         layer, x = _layer_and_input(replace(job, config=""), device)
         residual = _residual(job.problem, x) if job.residual else None
-    layer.config = job.config
-    layer._launches.clear()
+    layer.use_config(job.config)
     with steps.timed("launch"), steps.watching_the_compiler(), unrecorded():
         y = layer._forward(x, residual)
         if y.is_cuda:

@@ -49,6 +49,19 @@ class LayerInput:
         return x.contiguous(memory_format=torch.channels_last) if images and x.dim() == 4 else x
 
 
+def call_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run the model in eval mode without gradients; its training mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    arguments, keywords = as_arguments(example_inputs)
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*arguments, **keywords)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def capture_inputs(
     model: nn.Module, example_inputs: ExampleInputs, layers: Mapping[str, nn.Module]
 ) -> dict[str, LayerInput]:
@@ -68,17 +81,11 @@ def capture_inputs(
         return hook
 
     handles = [module.register_forward_pre_hook(note(name)) for name, module in layers.items()]
-    modes = {module: module.training for module in model.modules()}
-    arguments, keywords = as_arguments(example_inputs)
     try:
-        model.eval()
-        with torch.no_grad():
-            model(*arguments, **keywords)
+        call_once(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return found
 
 

@@ -16,15 +16,15 @@ from torch import nn
 
 from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.device import device_info
-from tetris.autotune.problems import SparseLayer, capture_inputs, pools, problem_of
+from tetris.autotune.problems import SparseLayer, call_once, capture_inputs, pools, problem_of
 from tetris.autotune.space import is_valid
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
 from tetris.autotune.tune_problems import Outcome, Progress, Search, Wanted
 from tetris.errors import TetrisError, UnsupportedError
-from tetris.graph import ExampleInputs
 from tetris.kernels.configs import DeviceInfo
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
+from tetris.tracing import ExampleInputs
 from tetris.tuned_choices import Entry, problem_key
 
 
@@ -94,12 +94,6 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseConv2d | BlockSparseLinear)}
 
 
-def use_config(layer: SparseLayer, key: str) -> None:
-    """Give a layer a configuration; launches prepared with another one are forgotten."""
-    layer.config = key
-    layer._launches.clear()
-
-
 def apply_tuned(model: nn.Module, example_inputs: ExampleInputs, store: TuningStore | None = None) -> dict[str, float]:
     """Give every layer of a converted model its stored configuration for these inputs; measures nothing.
 
@@ -115,8 +109,10 @@ def apply_tuned(model: nn.Module, example_inputs: ExampleInputs, store: TuningSt
         problem, device, pooled = problem_of(layers[name], x), device_info(x.device), pools(layers[name])
         match = store.lookup(problem, device, max_pool=pooled)
         if match and is_valid(problem, device, match.config, pooled):
-            use_config(layers[name], match.config.to_key())
+            layers[name].use_config(match.config.to_key())
             found[name] = match.distance
+    if found:
+        call_once(model, example_inputs)  # makes the schedules, which compilers only read
     return found
 
 
@@ -184,7 +180,8 @@ def tune_model(
         if entry is not None:
             tuning.entries.append(entry)
             for name in names:
-                use_config(layers[name], entry.config.to_key())
+                layers[name].use_config(entry.config.to_key())
+    call_once(model, example_inputs)  # makes the schedules, which compilers only read
     tuning.reused = set(distinct) - set(missing)
     tuning.seconds = time.monotonic() - started
     return tuning

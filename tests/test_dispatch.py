@@ -179,6 +179,26 @@ def test_a_layer_makes_one_launch_for_each_kind_of_input(h200, monkeypatch: pyte
     assert layer.launch(x) == Launch() and len(made) == 3  # a new shape meets the portable default
 
 
+def test_tf32_modes_matter_for_float32_only(h200, monkeypatch: pytest.MonkeyPatch):
+    layer, x = sparse_linear(), torch.zeros(300, 96)
+    half, full = layer.launch(x.half()), layer.launch(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # finds what was made, makes nothing
+    with torch.backends.cudnn.flags(allow_tf32=not torch.backends.cudnn.allow_tf32):
+        assert layer.launch(x.half()) is half and half != Launch()
+        assert layer.launch(x) == Launch() != full
+    assert layer.launch(x) is full
+
+
+def test_another_config_forgets_launches_and_recorded_calls(h200, monkeypatch: pytest.MonkeyPatch):
+    layer, forgotten = sparse_linear(), []
+    monkeypatch.setattr(layer._calls, "clear", lambda: forgotten.append("calls"))
+    first = layer.launch(torch.zeros(300, 96).half())
+    key = LinearConfig(kernel="portable").to_key()
+    layer.use_config(key)
+    assert layer.config == key and layer._launches == {} and forgotten == ["calls"]
+    assert layer.launch(torch.zeros(300, 96).half()).config == key != first.config
+
+
 def test_a_convolution_plans_its_launch_for_the_pool_and_precision(h200, monkeypatch: pytest.MonkeyPatch):
     layout = random_layout((128, 64), (64, 32), 0.5).without_empty_rows()
     values = torch.randn(layout.n_blocks, 9, 64, 32)

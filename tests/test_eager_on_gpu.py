@@ -164,6 +164,21 @@ def test_compiled_layers_repeat_their_launches(case: EagerCase, mode: str, anew:
 
 
 @torch.no_grad()
+def test_compiled_layers_run_the_kernel_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, _ = made(CONV)
+    layer(x)
+    layer.use_config(layer.launch(x).config)
+    with torch.backends.cudnn.flags(allow_tf32=not torch.backends.cudnn.allow_tf32):
+        layer(x)  # recorded in another mode, which half precision does not know
+    layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(x), slow(layer, x))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert layer.launch(x).config == layer.config != ""
+
+
+@torch.no_grad()
 def test_compiled_layers_see_changed_weights(anew: list[str]) -> None:
     layer, x, _ = made(SPLIT)
     before = layer(x)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tetris import ops
 from tetris.dispatch import Launch, dtype_name
-from tetris.eager import EagerCalls
+from tetris.eager import EagerCalls, tf32_modes
 from tetris.errors import ShapeError, UnsupportedError, describe
 from tetris.layout import BlockLayout
 from tetris.packing import unpack
@@ -122,6 +122,12 @@ class BlockSparseLayer(FusedLayer):
     def eager_key(self) -> tuple:
         return *super().eager_key(), self.config
 
+    def use_config(self, key: str) -> None:
+        """Run with another kernel config; "" is the analytic default. Schedules and recorded calls are made anew."""
+        self.config = key
+        self._launches.clear()
+        self._calls.clear()
+
     def eager_constants(self) -> list[Tensor]:
         """The schedules."""
         return [tensor for launch in self._launches.values() for tensor in launch.schedule]
@@ -230,7 +236,7 @@ class BlockSparseLayer(FusedLayer):
             if self._launches_from != state:
                 self._launches.clear()
                 self._launches_from = state
-        key = (x.shape, x.dtype, x.device, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        key = (x.shape, x.dtype, x.device, tf32_modes(x))
         found = self._launches.get(key)
         if found is None:
             if torch.compiler.is_compiling():

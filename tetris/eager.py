@@ -63,8 +63,7 @@ class EagerCalls:
         if not is_plain(layer, x, residual):
             return run(x, residual)
         state = _state(layer)
-        tf32 = x.dtype == torch.float32 and (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        key = (_kind(x), None if residual is None else _kind(residual), tf32, layer.eager_key())  # type: ignore[operator]
+        key = (_kind(x), None if residual is None else _kind(residual), tf32_modes(x), layer.eager_key())  # type: ignore[operator]
         known = self._found.get(key)
         if known is not None and known.state == state:
             if known.recording is None:
@@ -90,6 +89,13 @@ class EagerCalls:
 
     def __reduce__(self) -> tuple:
         return EagerCalls, ()
+
+
+def tf32_modes(x: Tensor) -> tuple[bool, bool] | None:
+    """Whether convolutions and products of float32 may be rounded to tf32; None where x is not float32."""
+    if x.dtype != torch.float32:
+        return None
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
 def is_plain(layer: nn.Module, x: Tensor, residual: Tensor | None) -> bool:

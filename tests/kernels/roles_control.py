@@ -27,9 +27,14 @@ def worker(y):
 
 
 @gluon.jit
+def idler(y):
+    """A role of one warp, so that the warps of all roles do not fill warp groups, as in the Hopper kernels."""
+
+
+@gluon.jit
 def roles_kernel(y):
     """y: int32 [programs, 256], becomes 0 to 255 in every row. Grid: one program a row; num_warps=4."""
-    gl.warp_specialize([(leader, (y,)), (worker, (y,))], [4], [32])
+    gl.warp_specialize([(leader, (y,)), (worker, (y,)), (idler, (y,)), (idler, (y,))], [4, 1, 1], [32, 32, 32])
 
 
 def roles_error(programs: int) -> float:
