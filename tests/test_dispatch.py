@@ -51,7 +51,7 @@ def test_a_hopper_convolution_gets_its_schedule(h200):
 def test_a_hopper_convolution_permutes_whole_groups_of_outputs(h200):
     layout = lists((256, 256))
     assert not conv2d_launch(CONV, *layout).permutes_output
-    for group, permutes in ((64, True), (8, True), (4, False), (1, False)):  # eight float16 are 16 bytes
+    for group, permutes in ((64, True), (16, True), (8, False), (1, False)):  # sixteen float16 are a sector
         launch = conv2d_launch(CONV, *layout, output_group=group)
         assert launch.permutes_output == permutes
         assert Conv2dConfig.from_key(launch.config).output_group == (group if permutes else 0)

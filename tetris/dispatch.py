@@ -25,6 +25,9 @@ from tetris.kernels.hopper.pointwise_conv2d import fastest_pointwise, pointwise_
 from tetris.kernels.linear_paths import linear_refuses, linear_schedule, untuned_linear
 from tetris.tuned_choices import shipped_conv2d_choice, shipped_linear_choice
 
+SECTOR_BYTES = 32
+"""What memory writes at once."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -58,12 +61,15 @@ def conv2d_launch(
 ) -> Launch:
     """The launch of a convolution on indptr's device; it may keep a copy of the packed ``values``.
 
-    ``output_group``: the outputs are permuted in groups of so many channels; 0 = they are not, or one by one.
+    ``output_group``: the outputs are permuted in groups of so many channels; 0 = they are not, or one by one. Groups
+    that fill no sector of memory are left to the permute kernel, which is faster: on an H200 271 us against 309 for
+    512 -> 512 channels at 28 x 28 in groups of 8, but 184 in groups of 16.
 
     The config is that of ``key``, or the package's tuned choice for this or a similar problem. Where there is none, or
     its kernel does not take the problem, for example another batch size than it was tuned for, it is the analytic one.
     """
     device = device_info(indptr.device)
+    output_group = output_group if output_group * getattr(torch, problem.dtype).itemsize >= SECTOR_BYTES else 0
     config = Conv2dConfig.from_key(key) if key else shipped_conv2d_choice(problem, device, max_pool)
     options = dict(max_pool=max_pool, allow_tf32=allow_tf32)
     if config is None or conv2d_refuses(problem, device, config, **options) is not None:

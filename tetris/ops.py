@@ -65,7 +65,8 @@ def check_dtypes(op: str, x: Tensor, values: Tensor) -> None:
     if not fits or x.device != values.device or x.dtype not in DTYPES:
         raise UnsupportedError(
             f"{op}: wanted input and weights on one device in one of float16, bfloat16, float32; "
-            f"got input {describe(x)} and weights {describe(values)}; convert one with .to(...)"
+            f"got input {describe(x)} and weights {describe(values)}; convert one with .to(...) "
+            "(under torch.autocast: convert the model to the dtype in which it is to run)"
         )
 
 

@@ -394,8 +394,3 @@ class ConvTile:
     def tiles(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
         """Tiles along (images, rows, columns) of an output of ``batch`` images of ``height`` x ``width``."""
         return ceil_div(batch, self.tile_n), ceil_div(height, self.tile_h), ceil_div(width, self.tile_w)
-
-    def useful_fraction(self, batch: int, height: int, width: int) -> float:
-        """Output pixels over the pixels that the tiles compute."""
-        n, h, w = self.tiles(batch, height, width)
-        return batch * height * width / (n * self.tile_n * h * self.tile_h * w * self.tile_w)

@@ -120,11 +120,6 @@ def test_filled_in_rings_fit_shared_memory_and_overlap(block, shape):
     assert tile.x_stages >= 2 and tile.w_stages >= 2
 
 
-def test_useful_fraction_counts_the_tiles_edges():
-    tile = ConvTile((64, 64), tile_n=16, tile_h=8, tile_w=4)
-    assert tile.useful_fraction(128, 28, 28) == pytest.approx(28 / 32)
-
-
 def test_tiles_are_ranked_and_all_of_them_run():
     ranked = ranked_configs(PROBLEM, H200)
     assert (ranked[0].tile_n, ranked[0].tile_h, ranked[0].tile_w) == (32, 4, 4)  # fastest when measured, too
