@@ -88,7 +88,7 @@ def draw(rows: list[Row], folder: Path) -> Path:
     axes.axvline(1.0, color="grey", linewidth=0.8)
     axes.set_yticks(places, [row.case for row in ours], fontsize="small")
     axes.set(xlabel="speedup over cuDNN on dense weights (last line: torch.compile)", ylim=(-0.6, len(ours) - 0.4))
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     path = folder / "conv.png"
     figure.savefig(path, dpi=110)
     return path

@@ -22,6 +22,12 @@ from tetris.bench.rows import Row, write_csv
 
 BLOCKS = ((32, 32), (64, 16), (64, 32), (64, 64), (128, 64), (128, 128))
 SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TITLES = {
+    "figure 1a": "512 -> 512 channels at 28 x 28, 128 images, float16",
+    "figure 7": "VGG16 at the paper's pruning rates, 128 images, float16",
+}
+TICKS = (1, 2, 4, 8, 16)
+"""Speedups."""
 
 
 def figure_1a() -> list[Case]:
@@ -95,8 +101,14 @@ def draw(rows: list[Row], folder: Path) -> None:
                 [x_of(row) for row in found], [row.speedup for row in found], "o-", label=f"{block[0]}x{block[1]}"
             )
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xlabel=label, ylabel="speedup over cuDNN, dense", title=f"{name}: {rows[0].device}")
-        axes.set_yscale("log", base=2) if name == "figure 1a" else axes.tick_params("x", rotation=45)
+        axes.set(xlabel=label, ylabel="speedup over cuDNN, dense", title=f"{TITLES[name]}, {rows[0].device}")
+        if name == "figure 1a":
+            percents = range(0, 96)
+            axes.plot(percents, [100 / (100 - p) for p in percents], "k--", linewidth=0.8, label="1 / kept")
+            axes.set_yscale("log", base=2)
+            axes.set_yticks(TICKS, [str(tick) for tick in TICKS])
+        else:
+            axes.tick_params("x", rotation=45)
         axes.legend(title="block (out x in)")
         figure.savefig(folder / f"conv_{name.replace(' ', '_')}.png", dpi=120)
 
