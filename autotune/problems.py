@@ -25,7 +25,7 @@ from tetris.layers import BlockSparseConv2d, BlockSparseLinear, supported_paddin
 from tetris.layout import grid_shape
 from tetris.ops import dtype_name
 from tetris.pruning import units_to_keep
-from tetris.tracing import ExampleInputs, as_arguments
+from tetris.tracing import ExampleInputs, call_once
 from tetris.tuned_choices import shipped_conv2d_choice
 
 Problem = Conv2dProblem | LinearProblem
@@ -47,19 +47,6 @@ class LayerInput:
         x = torch.randn(self.shape, device=device, generator=generator).to(self.dtype)
         images = self.channels_last if channels_last is None else channels_last
         return x.contiguous(memory_format=torch.channels_last) if images and x.dim() == 4 else x
-
-
-def call_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    """Run the model in eval mode without gradients; its training mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    arguments, keywords = as_arguments(example_inputs)
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*arguments, **keywords)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def capture_inputs(

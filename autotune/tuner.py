@@ -16,7 +16,7 @@ from torch import nn
 
 from tetris.autotune.compile_server import CompileServer
 from tetris.autotune.device import device_info
-from tetris.autotune.problems import SparseLayer, call_once, capture_inputs, pools, problem_of
+from tetris.autotune.problems import SparseLayer, capture_inputs, pools, problem_of
 from tetris.autotune.space import is_valid
 from tetris.autotune.store import TuningStore
 from tetris.autotune.team import Team
@@ -24,7 +24,7 @@ from tetris.autotune.tune_problems import Outcome, Progress, Search, Wanted
 from tetris.errors import TetrisError, UnsupportedError
 from tetris.kernels.configs import DeviceInfo
 from tetris.layers import BlockSparseConv2d, BlockSparseLinear
-from tetris.tracing import ExampleInputs
+from tetris.tracing import ExampleInputs, call_once
 from tetris.tuned_choices import Entry, problem_key
 
 

@@ -27,8 +27,15 @@ ALLOCATIONS = (
     torch.ops.aten.new_empty.default,
 )
 """Operations whose result holds nothing yet."""
+ALIGNMENT = 16
+"""Bytes: kernels are compiled for addresses that are multiples of it, or for others."""
 
 _WATCHING: ContextVar[Recorder | Unwatching | None] = ContextVar("tetris_recorder", default=None)
+
+
+def layout_of(tensor: Tensor) -> tuple:
+    """All of an input that a launch depends on but its address."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNMENT, tensor.device
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests.kernels.test_recording import Kernel
 from tetris import ops, stem
 from tetris.errors import ShapeError
-from tetris.kernels.recording import launch
-from tetris.registration import MOST_KINDS, Operation, layout_of, packed, remembered, unpacked
+from tetris.kernels.recording import launch, layout_of
+from tetris.registration import MOST_KINDS, Operation, packed, remembered, unpacked
 
 KERNEL = Kernel()
 

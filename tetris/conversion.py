@@ -31,7 +31,7 @@ from tetris.quantization import stored_dtype
 from tetris.reordering import Reordering, reorder
 from tetris.specs import match, prunable_layers, unprunable_layers
 from tetris.stem import StemConv2d
-from tetris.tracing import ExampleInputs, as_arguments
+from tetris.tracing import ExampleInputs, call_once
 
 
 @dataclass
@@ -155,9 +155,7 @@ def convert(
         converter.layers[name].reason = "chosen dense" if name in chosen_dense else "not pruned by blocks"
     converted.eval()
     if example_inputs is not None:
-        args, kwargs = as_arguments(example_inputs)
-        with torch.no_grad():
-            converted(*args, **kwargs)  # packs weights and makes schedules, which compilers and exporters only read
+        call_once(converted, example_inputs)  # packs weights and makes schedules, which compilers only read
     return converted
 
 

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tetris.kernels.recording import Recorder, Recording
+from tetris.kernels.recording import Recorder, Recording, layout_of
 
-ALIGNMENT = 16
-"""Bytes: kernels are compiled for addresses that are multiples of it, or for others."""
 MOST_KINDS = 64
 """Kinds of calls that a layer remembers, so that inputs of ever new shapes do not fill the memory."""
 
@@ -63,7 +61,7 @@ class EagerCalls:
         if not is_plain(layer, x, residual):
             return run(x, residual)
         state = _state(layer)
-        key = (_kind(x), None if residual is None else _kind(residual), tf32_modes(x), layer.eager_key())  # type: ignore[operator]
+        key = (layout_of(x), None if residual is None else layout_of(residual), tf32_modes(x), layer.eager_key())  # type: ignore[operator]
         known = self._found.get(key)
         if known is not None and known.state == state:
             if known.recording is None:
@@ -113,11 +111,6 @@ def is_plain(layer: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
             return False
         tensors.append(residual)
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
-
-
-def _kind(tensor: Tensor) -> tuple:
-    """All of a tensor that a launch depends on but its address."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNMENT, tensor.device
 
 
 def _state(layer: nn.Module) -> tuple:

@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from tetris.errors import ShapeError, describe
-from tetris.kernels.recording import Recorder, Recording
+from tetris.kernels.recording import Recorder, Recording, layout_of
 
-ALIGNMENT = 16
-"""Bytes: kernels are compiled for addresses that are multiples of it, or for others."""
 MOST_KINDS = 4096
 """Kinds of calls that are remembered; the one that was not called for longest is forgotten first."""
 
@@ -65,11 +63,6 @@ def remembered(call: str, *kind: Any) -> Kind:
     kept alive.
     """
     return Kind()
-
-
-def layout_of(tensor: Tensor) -> tuple:
-    """All of an input that a launch depends on but its address."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNMENT, tensor.device
 
 
 class Operation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,25 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
             f"got {describe(example_inputs)}"
         )
     return (example_inputs,), {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within it; every module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def call_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run the model in evaluation mode without gradients."""
+    args, kwargs = as_arguments(example_inputs)
+    with evaluating(model), torch.no_grad():
+        model(*args, **kwargs)
 
 
 class _Tracer(fx.Tracer):
@@ -57,9 +78,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
     """
     args, kwargs = as_arguments(example_inputs)
     name = type(model).__name__
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         try:
             traced = fx.GraphModule(model, _Tracer().trace(model), name)
         except Exception as error:  # fx raises many kinds: TraceError, TypeError, AttributeError, RuntimeError ...
@@ -77,9 +96,6 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> fx.GraphModule:
                 f"example_inputs: wanted inputs that {name} runs on; got {given}: "
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             ) from error
-    finally:
-        for m, training in modes.items():
-            m.training = training
     return traced
 
 
